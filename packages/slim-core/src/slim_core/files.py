@@ -1,0 +1,190 @@
+"""Files: what is safe to read, and writing that is complete or did not happen.
+
+Modes follow the deployment flows of Ascend: directories 0750, weights 0400, everything else 0600.
+No function changes the umask of the process; modes are set on the open file before it gets its
+final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from slim_core.errors import FileSecurityError, InvalidTypeError, OutputExistsError
+
+MODE_DIR = 0o750
+MODE_WEIGHTS = 0o400
+MODE_PRIVATE = 0o600
+MODE_SHARED = 0o640
+
+PathLike = str | os.PathLike[str]
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Return ``value`` as a Path; a non-path or an empty one is an error naming ``name``."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidTypeError(f"{name} must be str or os.PathLike, not {type(value).__name__}")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise FileSecurityError(f"{name} must be a non-empty path, not {text!r}")
+    return Path(text)
+
+
+def check_input_file(path: PathLike, *, max_bytes: int | None = None) -> Path:
+    """Return the path if it is a regular file that nobody else can have tampered with.
+
+    A symbolic link is followed (model caches are made of them) and the file it leads to is
+    checked.  Others than the owner must not be able to write it.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    FileSecurityError
+        Not a regular file, a dangling link, writable by group or others, or over ``max_bytes``.
+    """
+    file = as_path("path", path)
+    if not file.exists():
+        if file.is_symlink():
+            raise FileSecurityError(f"{file} is a symbolic link that leads nowhere")
+        raise FileNotFoundError(f"no such file: {file}")
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileSecurityError(f"{file} is not a regular file")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise FileSecurityError(
+            f"{file} can be written by others (mode {stat.S_IMODE(status.st_mode):04o})",
+            hint=f"chmod go-w {file}",
+        )
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise FileSecurityError(f"{file} has {status.st_size} bytes, more than {max_bytes}")
+    return file
+
+
+def make_dir(path: PathLike, mode: int = MODE_DIR) -> Path:
+    """Create the directory, with ``mode`` if it is new, and its parents; return its path."""
+    directory = as_path("path", path)
+    if not directory.is_dir():
+        directory.mkdir(parents=True)
+        directory.chmod(mode)
+    return directory
+
+
+@contextlib.contextmanager
+def atomic_write(path: PathLike, mode: int = MODE_PRIVATE) -> Iterator[IO[bytes]]:
+    """Open a binary file that takes the name ``path``, with ``mode``, once it is complete.
+
+    The bytes go to a temporary file beside it, which is flushed to disk and renamed when the block
+    ends, and removed when the block raises: a file that was there before stays as it was.
+    """
+    final = as_path("path", path)
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            os.fsync(stream.fileno())
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_dir(final.parent)
+
+
+def write_bytes(path: PathLike, data: bytes, mode: int = MODE_PRIVATE) -> None:
+    """Write a whole file atomically."""
+    with atomic_write(path, mode) as stream:
+        stream.write(data)
+
+
+def write_json(path: PathLike, value: Any, mode: int = MODE_PRIVATE, indent: int = 2) -> None:
+    """Write a JSON file atomically, keys in their given order."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n", mode)
+
+
+@contextlib.contextmanager
+def staged_dir(path: PathLike, *, overwrite: bool = False, mode: int = MODE_DIR) -> Iterator[Path]:
+    """Fill a temporary directory that takes the name ``path`` once the block ends.
+
+    If the block raises, the temporary directory is removed, and what stood under ``path`` stays.
+
+    Raises
+    ------
+    OutputExistsError
+        ``path`` is a file, or a directory with something in it and ``overwrite`` is False.
+    """
+    final = as_path("path", path)
+    check_output_dir(final, overwrite=overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    temporary = final.with_name(f".{final.name}.{token}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        sync_dir(temporary)
+        _swap_in(temporary, final, token)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_dir(final.parent)
+
+
+def check_output_dir(path: PathLike, *, overwrite: bool = False) -> Path:
+    """Require that a directory can be made at ``path``, before any work is done for it.
+
+    Raises
+    ------
+    OutputExistsError
+        As for :func:`staged_dir`.
+    FileSecurityError
+        The nearest directory above that exists cannot be written.
+    """
+    final = as_path("path", path)
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise OutputExistsError(f"{final} exists and is not a directory")
+    if final.is_dir() and any(final.iterdir()) and not overwrite:
+        raise OutputExistsError(
+            f"the output directory {final} is not empty",
+            hint="choose another directory, or pass overwrite=True (--overwrite)",
+        )
+    parent = final.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise FileSecurityError(f"the output {final} cannot be created: {parent} is not writable")
+    return final
+
+
+def sync_dir(path: PathLike) -> None:
+    """Flush the entries of a directory to disk, so that a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap_in(temporary: Path, final: Path, token: str) -> None:
+    """Rename ``temporary`` to ``final``; what stood there is put back if that fails."""
+    if not final.exists():
+        temporary.rename(final)
+        return
+    previous = final.with_name(f".{final.name}.{token}.old")
+    final.rename(previous)
+    try:
+        temporary.rename(final)
+    except BaseException:
+        previous.rename(final)
+        raise
+    shutil.rmtree(previous)

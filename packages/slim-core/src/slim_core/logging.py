@@ -1,0 +1,65 @@
+"""Logging of the slim packages: one logger tree, silent until a program asks for output.
+
+Libraries get a child of the ``slim`` logger with :func:`get_logger`.  Importing installs no
+handler; scripts and command lines call :func:`set_logger_level`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from slim_core.validate import check_choice
+
+ROOT_NAME = "slim"
+LEVELS = {
+    "notset": 1,  # everything: 0 would fall back to the level of the root logger
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "fatal": logging.CRITICAL,
+    "critical": logging.CRITICAL,
+}
+
+logger = logging.getLogger(ROOT_NAME)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a part of the toolkit, for example ``get_logger("ptq")``."""
+    return logger.getChild(name)
+
+
+def set_logger_level(level: str = "info") -> None:
+    """Show the messages of all slim packages from ``level`` on, on standard error.
+
+    Parameters
+    ----------
+    level : str
+        One of notset, debug, info, warn, warning, error, fatal, critical (any case).
+
+    Raises
+    ------
+    InvalidValueError
+        ``level`` is none of these.
+    """
+    chosen = check_choice("level", level.lower() if isinstance(level, str) else level, LEVELS)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        handler = _StderrHandler()
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        )
+        logger.addHandler(handler)
+    logger.setLevel(LEVELS[chosen])
+
+
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Write to whatever ``sys.stderr`` is now, so that redirection works."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[no-untyped-def,override]
+        return sys.stderr
