@@ -1,4 +1,4 @@
-"""Framework-free foundation of the slim toolkit: schemes, numerics, layouts, checkpoints, formats, reports."""
+"""Foundation of the slim toolkit, free of any deep-learning framework."""
 
 from slim_core.__about__ import __version__
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from slim_core.errors import InvalidTypeError, InvalidValueError
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 def check_type(name: str, value: Any, expected: type[T]) -> T:
@@ -76,8 +77,8 @@ def did_you_mean(value: Any, candidates: Sequence[str]) -> str | None:
     return f"did you mean {' or '.join(repr(item) for item in near)}?" if near else None
 
 
-def _in_range(name: str, value: Any, low: Any, high: Any) -> Any:
-    if low is not None and value < low or high is not None and value > high:
+def _in_range(name: str, value: N, low: N | None, high: N | None) -> N:
+    if (low is not None and value < low) or (high is not None and value > high):
         if high is None:
             allowed = f"at least {low}"
         elif low is None:

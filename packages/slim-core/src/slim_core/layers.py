@@ -1,0 +1,62 @@
+"""The neutral object in which a quantized linear layer is handed from a method to a format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from slim_core.numerics import dequantize_weight, fold_static
+from slim_core.scheme import QuantScheme
+
+Array = Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedLinear:
+    """Integer codes of a linear layer and everything needed to compute with them.
+
+    Parameters
+    ----------
+    name : str
+        Dotted name of the layer in the checkpoint, without ``.weight``.
+    scheme : QuantScheme
+    codes : array, int8, shape (out, in)
+        One code per element, also for types of fewer than 8 bits.
+    weight_scale, weight_offset : array, float32
+        Shape (out, 1), (out, groups) or (1,).
+    input_scale, input_offset : array, float32, shape (1,), or None
+        For statically quantized activations.
+    bias : array, shape (out,), or None
+        The float bias, in the dtype of the model.
+    model_dtype : str
+        ``float16``, ``bfloat16`` or ``float32``: decides how some formats store scales.
+    """
+
+    name: str
+    scheme: QuantScheme
+    codes: Array
+    weight_scale: Array
+    weight_offset: Array
+    input_scale: Array | None = None
+    input_offset: Array | None = None
+    bias: Array | None = None
+    model_dtype: str = "float32"
+    notes: tuple[str, ...] = field(default=())
+
+    def dequantized(self) -> Array:
+        """Return the float32 weight, shape (out, in), that the codes stand for."""
+        return dequantize_weight(self.codes, self.weight_scale, self.weight_offset)
+
+    def folded(self) -> tuple[Array, Array]:
+        """Return ``deq_scale`` and ``quant_bias`` (:func:`slim_core.numerics.fold_static`)."""
+        bias = self.bias
+        if bias is not None:
+            xp = array_namespace(bias)
+            bias = xp.astype(bias, xp.float32)
+        return fold_static(self.codes, self.weight_scale, self.input_scale, self.input_offset, bias)
+
+    def renamed(self, name: str) -> QuantizedLinear:
+        """Return the same layer under another name."""
+        return replace(self, name=name)

@@ -1,0 +1,203 @@
+"""The quantization formulas, in one place.
+
+Written on the Python array API, so that numpy and torch arrays go through the same operations in
+the same order and give the same integers.  Rounding is half to even, divisions are true divisions,
+and everything is computed in float32 unless a docstring says otherwise.
+
+Symbols: ``s`` scale, ``z`` offset (an integer held in floating point), ``q`` integer code;
+``q = clamp(round(x / s + z))`` and ``x = (q - z) * s``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace, size
+
+from slim_core.dtypes import IntType
+from slim_core.errors import FormatError, NumericalError
+from slim_core.scheme import Granularity, TensorScheme
+
+EPS = 1.1920928955078125e-07  # machine epsilon of float32: the smallest scale
+
+Array = Any  # numpy.ndarray or torch.Tensor; the array API has no nominal type
+
+
+def affine_params(low: Array, high: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+    """Return scale and offset for values between ``low`` and ``high``.
+
+    Parameters
+    ----------
+    low, high : array, float32, any shape
+        Smallest and largest value of each set of elements that share a scale.
+
+    Returns
+    -------
+    scale, offset : array, float32, same shape
+        Symmetric: ``s = max(|low|, |high|) / (2**(b-1) - 1)``, ``z = 0``.  Asymmetric: the range is
+        widened to hold 0, ``s = (high - low) / (2**b - 1)``, ``z = round(-low / s) - 2**(b-1)``.
+        The scale is never below the float32 machine epsilon.
+    """
+    xp = array_namespace(low, high)
+    dtype = scheme.dtype
+    zero = xp.zeros_like(low)
+    eps = xp.full_like(low, EPS)
+    if scheme.symmetric:
+        return xp.maximum(xp.maximum(xp.abs(low), xp.abs(high)) / dtype.max, eps), zero
+    low, high = xp.minimum(low, zero), xp.maximum(high, zero)
+    scale = xp.maximum((high - low) / (dtype.max - dtype.min), eps)
+    return scale, xp.round(-low / scale) + dtype.min
+
+
+def quantize(
+    x: Array, scale: Array, offset: Array | None, dtype: IntType, *, low: int | None = None
+) -> Array:
+    """Return ``clamp(round(x / scale + offset))`` as int8.
+
+    ``scale`` and ``offset`` broadcast against ``x``.  The clamp is to the range of ``dtype``, or
+    from ``low`` on (symmetric weights leave out the most negative code).
+    """
+    xp = array_namespace(x)
+    scaled = x / scale
+    if offset is not None:
+        scaled = scaled + offset
+    codes = xp.clip(xp.round(scaled), dtype.min if low is None else low, dtype.max)
+    return xp.astype(codes, xp.int8)
+
+
+def dequantize(codes: Array, scale: Array, offset: Array | None) -> Array:
+    """Return ``(codes - offset) * scale`` in the dtype of ``scale``."""
+    xp = array_namespace(codes, scale)
+    values = xp.astype(codes, scale.dtype)
+    return (values if offset is None else values - offset) * scale
+
+
+def weight_params(weight: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+    """Return min-max scale and offset of a weight.
+
+    Parameters
+    ----------
+    weight : array, float32, shape (out, in)
+
+    Returns
+    -------
+    scale, offset : array, float32
+        Shape (out, 1) per channel, (out, in / group_size) per group, (1,) per tensor.
+
+    Raises
+    ------
+    FormatError
+        The group size does not divide the number of input channels.
+    """
+    xp = array_namespace(weight)
+    if scheme.granularity is Granularity.PER_TENSOR:
+        return affine_params(
+            xp.reshape(xp.min(weight), (1,)), xp.reshape(xp.max(weight), (1,)), scheme
+        )
+    if scheme.granularity is Granularity.PER_CHANNEL:
+        low, high = xp.min(weight, axis=1, keepdims=True), xp.max(weight, axis=1, keepdims=True)
+        return affine_params(low, high, scheme)
+    grouped = _split_groups(weight, scheme.group_size)
+    return affine_params(xp.min(grouped, axis=2), xp.max(grouped, axis=2), scheme)
+
+
+def quantize_weight(weight: Array, scale: Array, offset: Array, scheme: TensorScheme) -> Array:
+    """Return int8 codes, shape (out, in), for parameters shaped as :func:`weight_params` does."""
+    low = -scheme.dtype.max if scheme.symmetric else None
+    offset = None if scheme.symmetric else offset
+    if scheme.granularity is not Granularity.PER_GROUP:
+        return quantize(weight, scale, offset, scheme.dtype, low=low)
+    xp = array_namespace(weight)
+    grouped = _split_groups(weight, scheme.group_size)
+    offset = None if offset is None else offset[..., None]
+    return xp.reshape(
+        quantize(grouped, scale[..., None], offset, scheme.dtype, low=low), weight.shape
+    )
+
+
+def dequantize_weight(codes: Array, scale: Array, offset: Array | None) -> Array:
+    """Return the float weight, shape (out, in), of codes with per-tensor, row or group scales."""
+    xp = array_namespace(codes, scale)
+    groups = scale.shape[-1]
+    if scale.ndim < 2 or groups == 1:
+        return dequantize(codes, scale, offset)
+    grouped = _split_groups(codes, codes.shape[1] // groups)
+    offset = None if offset is None else offset[..., None]
+    return xp.reshape(dequantize(grouped, scale[..., None], offset), codes.shape)
+
+
+def quantize_per_token(x: Array, dtype: IntType) -> tuple[Array, Array]:
+    """Quantize an activation symmetrically with one scale for each vector of the last axis.
+
+    Returns
+    -------
+    codes : array, int8, shape of x
+    scale : array, float32, shape of x with a last axis of 1
+        ``s = max|x| / (2**(b-1) - 1)``.
+    """
+    xp = array_namespace(x)
+    peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    scale = xp.maximum(peak / dtype.max, xp.full_like(peak, EPS))
+    return quantize(x, scale, None, dtype), scale
+
+
+def fold_static(
+    codes: Array, weight_scale: Array, input_scale: Array, input_offset: Array, bias: Array | None
+) -> tuple[Array, Array]:
+    """Return the scale and the integer bias that turn integer products into outputs.
+
+    ``y = (q_x @ codes.T + quant_bias) * deq_scale`` for ``q_x = round(x / s_x + z_x)``.
+
+    Parameters
+    ----------
+    codes : array, int8, shape (out, in)
+    weight_scale : array, float32, shape (out, 1) or (1,)
+    input_scale, input_offset : array, float32, shape (1,)
+    bias : array, float32, shape (out,), or None
+
+    Returns
+    -------
+    deq_scale : array, float32, shape (out,) or (1,)
+        ``s_x * s_w``, formed in float32 also for float16 models, where the product would lose
+        bits to subnormal numbers.
+    quant_bias : array, int32, shape (out,)
+        ``round(bias / deq_scale - z_x * sum_i codes[:, i])``, computed in float64 since the sum
+        can have more digits than float32 holds.
+    """
+    xp = array_namespace(codes, weight_scale)
+    deq_scale = input_scale * xp.reshape(weight_scale, (-1,))
+    row_sum = xp.astype(xp.sum(xp.astype(codes, xp.int64), axis=1), xp.float64)
+    value = -xp.astype(input_offset, xp.float64) * row_sum
+    if bias is not None:
+        value = value + xp.astype(bias, xp.float64) / xp.astype(deq_scale, xp.float64)
+    limit = 2**31 - 1
+    return deq_scale, xp.astype(xp.clip(xp.round(value), -limit - 1, limit), xp.int32)
+
+
+def check_finite(name: str, what: str, x: Array) -> None:
+    """Require that every element is finite.
+
+    Raises
+    ------
+    NumericalError
+        Names the layer, what it is and how many elements are not finite.
+    """
+    xp = array_namespace(x)
+    # One pass without a temporary: NaN and infinity survive a sum.  A sum of finite elements that
+    # overflows is looked at element by element.
+    if size(x) == 0 or bool(xp.isfinite(xp.sum(x))):
+        return
+    bad = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
+    if bad:
+        raise NumericalError(
+            f"the {what} of {name} has {bad} NaN or infinite elements of {size(x)}",
+            hint="check that the model was saved correctly; quantizing it would hide the damage",
+        )
+
+
+def _split_groups(x: Array, group_size: int) -> Array:
+    xp = array_namespace(x)
+    rows, columns = x.shape
+    if columns % group_size:
+        raise FormatError(f"group size {group_size} does not divide {columns} input channels")
+    return xp.reshape(x, (rows, columns // group_size, group_size))
