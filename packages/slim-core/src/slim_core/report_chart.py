@@ -1,0 +1,124 @@
+"""The bar chart of the HTML report, drawn as inline SVG."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from slim_core.report import LayerReport
+from slim_core.report_text import format_error
+
+OTHER = "other"
+
+_KINDS = 8  # colours of the style sheet, besides the one of OTHER
+_WIDTH, _HEIGHT = 1040, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 4, 10, 20
+_LABELS = 16  # block numbers on the horizontal axis, at most
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def kinds_of(layers: Sequence[LayerReport]) -> dict[str, int]:
+    """Return the colour of each kind of layer: the last part of its name, the commonest first."""
+    counts = Counter(kind(layer) for layer in layers)
+    if len(counts) <= _KINDS:
+        return {name: index for index, name in enumerate(counts)}
+    common = {name for name, _ in counts.most_common(_KINDS)}
+    named = {name: index for index, name in enumerate(n for n in counts if n in common)}
+    return named | {OTHER: _KINDS}
+
+
+def kind(layer: LayerReport) -> str:
+    """Return the last part of the name."""
+    return layer.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class ErrorChart:
+    """Vertical bars, one a layer; a value of None leaves a gap."""
+
+    title: str
+    errors: Sequence[float | None]
+
+    def render(self, layers: Sequence[LayerReport], kinds: Mapping[str, int]) -> str:
+        """Return the SVG; ``layers`` name the bars and ``kinds`` colour them."""
+        top, step = axis(max((e for e in self.errors if e and math.isfinite(e)), default=0.0))
+        return (
+            f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+            f'aria-label="{escape(self.title)} of each layer">'
+            + self._grid(top, step)
+            + "".join(self._bars(layers, kinds, top))
+            + self._blocks(layers)
+            + "</svg>"
+        )
+
+    def _grid(self, top: float, step: float) -> str:
+        lines = []
+        for index in range(round(top / step) + 1):
+            y = _y(index * step, top)
+            label = f"{100 * index * step:.6g} %"
+            lines.append(
+                f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
+                f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+            )
+        return "".join(lines)
+
+    def _bars(
+        self, layers: Sequence[LayerReport], kinds: Mapping[str, int], top: float
+    ) -> list[str]:
+        bars = []
+        slot = _slot(len(layers))
+        width = max(min(0.78 * slot, 26.0), min(slot, 0.6))
+        for index, (layer, error) in enumerate(zip(layers, self.errors, strict=True)):
+            if error is None:
+                continue
+            x = _LEFT + (index + 0.5) * slot - width / 2
+            y = _y(min(error, top) if not math.isnan(error) else top, top)
+            colour = kinds.get(kind(layer), _KINDS)
+            label = escape(f"{layer.name}: {format_error(error)} ({layer.type})")
+            bars.append(
+                f'<rect class="k{colour}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" '
+                f'height="{_y(0, top) - y:.2f}"><title>{label}</title></rect>'
+            )
+        return bars
+
+    def _blocks(self, layers: Sequence[LayerReport]) -> str:
+        """Return the numbers of decoder blocks below their first layers."""
+        starts: dict[str, int] = {}
+        for index, layer in enumerate(layers):
+            match = _BLOCK.search(layer.name)
+            if match:
+                starts.setdefault(match.group(1), index)
+        every = math.ceil(len(starts) / _LABELS) or 1
+        slot = _slot(len(layers))
+        return "".join(
+            f'<text x="{_LEFT + (index + 0.1) * slot:.1f}" y="{_HEIGHT - 5}">'
+            f"{'block ' if count == 0 else ''}{block}</text>"
+            for count, (block, index) in enumerate(starts.items())
+            if count % every == 0
+        )
+
+
+def axis(peak: float) -> tuple[float, float]:
+    """Return the end of the axis and the distance of its lines: 3 to 6 steps of 1, 2 or 5.
+
+    >>> axis(0.0093)
+    (0.01, 0.002)
+    """
+    if peak <= 0:
+        return 0.01, 0.002
+    raw = peak / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    return step * math.ceil(peak / step - 1e-9), step
+
+
+def _slot(count: int) -> float:
+    return (_WIDTH - _LEFT - _RIGHT) / max(count, 1)
+
+
+def _y(value: float, top: float) -> float:
+    return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - value / top)
