@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from slim_core.errors import FileSecurityError, InvalidTypeError, OutputExistsError
+from slim_core.errors import CheckpointError, FileSecurityError, InvalidTypeError, OutputExistsError
 
 MODE_DIR = 0o750
 MODE_WEIGHTS = 0o400
@@ -66,6 +66,23 @@ def check_input_file(path: PathLike, *, max_bytes: int | None = None) -> Path:
     if max_bytes is not None and status.st_size > max_bytes:
         raise FileSecurityError(f"{file} has {status.st_size} bytes, more than {max_bytes}")
     return file
+
+
+def read_into(path: Path, start: int, target: memoryview) -> None:
+    """Fill a buffer of bytes with a file's bytes from ``start`` on.
+
+    Raises
+    ------
+    CheckpointError
+        The file ends before the buffer is full.
+    """
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while target:
+            count = stream.readinto(target)
+            if not count:
+                raise CheckpointError(f"{path} ends in the middle of its data")
+            target = target[count:]
 
 
 def make_dir(path: PathLike, mode: int = MODE_DIR) -> Path:

@@ -1,0 +1,155 @@
+"""One safetensors file under construction, written tensor by tensor in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from slim_core.checkpoint.safetensors_file import build_header, dtype_code, frame_header
+
+BUFFER_BYTES = 64 << 20
+HEADER_ROOM = 1 << 20
+_COPY_BYTES = 16 << 20
+_ODD_SIZES = (4, 2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class PartFile:
+    """A file that becomes valid safetensors with :meth:`finish`.
+
+    The header comes first in the file and is known last.  Up to 64 MiB of tensors wait in memory
+    for it; a larger file goes straight to disk behind 1 MiB of room, which the header fills with
+    the padding that the format allows.  Only a header that outgrows the room (about 7000 tensors)
+    costs a second copy of the data.
+
+    The format has no padding between tensors.  To keep each one aligned to its item size, tensors
+    whose bytes are not a multiple of 8 are set aside and put last, larger items first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.nbytes = 0
+        self._file: IO[bytes] | None = None
+        self._buffer = io.BytesIO()
+        self._entries: dict[int, list[_Entry]] = {size: [] for size in (8, *_ODD_SIZES)}
+        self._ends = dict.fromkeys(self._entries, 0)
+        self._odd: dict[int, IO[bytes]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors in the order of the file."""
+        return [entry.name for entries in self._entries.values() for entry in entries]
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Append a tensor."""
+        shape, nbytes = array.shape, array.nbytes
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        size = 8 if nbytes % 8 == 0 else array.dtype.itemsize
+        code = dtype_code(name, array.dtype)
+        self._target(size, nbytes).write(array.reshape(-1).view(np.uint8).data)
+        self._entries[size].append(_Entry(name, code, shape, self._ends[size], nbytes))
+        self._ends[size] += nbytes
+        self.nbytes += nbytes
+
+    def finish(self, mode: int) -> None:
+        """Write the header, flush everything to disk and set the mode."""
+        header = self._header()
+        if self._file is None:
+            self._file = self._create(self.path)
+            self._file.write(header)
+            self._file.write(self._buffer.getbuffer())
+            self._append_odd(self._file)
+        else:
+            self._append_odd(self._file)
+            if len(header) <= HEADER_ROOM:
+                self._file.seek(0)
+                self._file.write(frame_header(header[8:], HEADER_ROOM - 8))
+            else:
+                self._file = self._move_behind(header, self._file)
+        self._file.flush()
+        os.fchmod(self._file.fileno(), mode)
+        os.fsync(self._file.fileno())
+        self._release()
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._release()
+        self.path.unlink(missing_ok=True)
+        self._second_path.unlink(missing_ok=True)
+
+    @property
+    def _second_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}2")
+
+    def _target(self, size: int, nbytes: int) -> IO[bytes]:
+        if size in _ODD_SIZES:
+            if size not in self._odd:
+                # Without a name on disk: nothing to clean up, even after a kill.
+                self._odd[size] = tempfile.SpooledTemporaryFile(  # noqa: SIM115
+                    max_size=BUFFER_BYTES // 8, dir=str(self.path.parent)
+                )
+            return self._odd[size]
+        if self._file is None and self._ends[8] + nbytes > BUFFER_BYTES:
+            self._file = self._create(self.path)
+            self._file.seek(HEADER_ROOM)
+            self._file.write(self._buffer.getbuffer())
+            self._buffer = io.BytesIO()
+        return self._buffer if self._file is None else self._file
+
+    def _header(self) -> bytes:
+        rows = []
+        base = 0
+        for size, entries in self._entries.items():
+            for entry in entries:
+                start = base + entry.start
+                rows.append((entry.name, entry.code, entry.shape, start, start + entry.nbytes))
+            base += self._ends[size]
+        return build_header(rows)
+
+    def _append_odd(self, file: IO[bytes]) -> None:
+        for size in _ODD_SIZES:
+            if size in self._odd:
+                self._odd[size].seek(0)
+                shutil.copyfileobj(self._odd[size], file, _COPY_BYTES)
+
+    def _move_behind(self, header: bytes, first: IO[bytes]) -> IO[bytes]:
+        """Copy the data into a second file behind a header that is larger than the room."""
+        second = self._create(self._second_path)
+        try:
+            first.seek(HEADER_ROOM)
+            second.write(header)
+            shutil.copyfileobj(first, second, _COPY_BYTES)
+            self._second_path.replace(self.path)
+        except BaseException:
+            second.close()
+            raise
+        first.close()
+        return second
+
+    def _release(self) -> None:
+        for stream in (self._file, *self._odd.values()):
+            if stream is not None:
+                stream.close()
+        self._file = None
+        self._odd.clear()
+        self._buffer = io.BytesIO()
+
+    @staticmethod
+    def _create(path: Path) -> IO[bytes]:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        return os.fdopen(descriptor, "w+b")
