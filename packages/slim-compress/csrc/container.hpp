@@ -1,0 +1,68 @@
+// The index array of a compressed weight: header, code tables, one entry for each tile.
+#pragma once
+
+#include <vector>
+
+#include "huffman.hpp"
+#include "layout.hpp"
+
+namespace slc1 {
+
+constexpr std::size_t kHeaderBytes = 64;
+constexpr std::size_t kEntryBytes = 16;
+constexpr std::size_t kGuardBytes = 32;
+constexpr std::uint32_t kMagic = 0x31434C53;  // "SLC1"
+constexpr std::uint16_t kVersion = 1;
+constexpr std::uint8_t kFlagTransposed = 1;
+
+struct Entry {
+  std::uint32_t crc = 0;     // CRC-32C of the decoded tile
+  std::uint32_t length = 0;  // payload bytes
+  Mode mode = Mode::kRaw;
+  std::uint64_t offset = 0;  // of the payload in the weight array
+  std::uint8_t table = 0;
+  std::uint8_t fill = 0;
+};
+
+void write_entry(const Entry& entry, std::uint8_t* out);
+
+struct Header {
+  std::uint32_t n, k;
+  std::uint16_t tile_n, tile_k;
+  std::uint32_t tiles;
+  std::uint8_t tables, flags;
+  std::uint64_t weight_bytes, raw_bytes;
+};
+
+std::size_t index_bytes(const Header& header);
+
+// Writes the header in front of tables and entries that are in place already, with the checksum.
+void write_header(const Header& header, std::uint8_t* index);
+
+struct Problem {
+  std::int64_t tile = -1;  // -1: the stream as a whole
+  const char* reason = nullptr;
+};
+
+// A checked view of a compressed weight. Nothing is allocated from sizes that were not checked
+// against the bytes that are there.
+class Container {
+ public:
+  // Returns a problem with a reason if the arrays are not a well-formed stream.
+  Problem open(const std::uint8_t* index, std::size_t index_size, std::size_t weight_size);
+
+  const Header& header() const { return header_; }
+  Grid grid() const { return {header_.n, header_.k, header_.tile_n, header_.tile_k}; }
+  const std::vector<CodeTable>& tables() const { return tables_; }
+  Entry entry(std::size_t tile) const;
+
+ private:
+  Problem check_header(std::size_t index_size, std::size_t weight_size);
+  Problem check_entries() const;
+
+  const std::uint8_t* index_ = nullptr;
+  Header header_{};
+  std::vector<CodeTable> tables_;
+};
+
+}  // namespace slc1

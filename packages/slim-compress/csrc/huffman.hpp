@@ -1,0 +1,52 @@
+// Length-limited canonical Huffman codes with an escape symbol.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "common.hpp"
+
+namespace slc1 {
+
+using Lengths = std::array<std::uint8_t, kSymbols>;        // 0: the symbol has no code
+using Counts = std::array<std::uint64_t, 256>;             // of byte values
+using Codes = std::array<std::uint16_t, kSymbols>;         // first bit of the code in bit 0
+
+constexpr std::size_t kTableBytes = 160;
+
+struct CodeTable {
+  Lengths lengths{};
+  std::uint8_t placeholder = 0;  // what the decoder emits for an escape
+  bool has_escape() const { return lengths[kEscape] != 0; }
+};
+
+// The cheapest table for these counts: which values get a code of their own, which are escaped.
+// At least two values must occur. Without `escapes` each value that occurs gets a code.
+CodeTable build_table(const Counts& counts, bool escapes);
+
+Codes canonical_codes(const Lengths& lengths);
+
+void write_table(const CodeTable& table, std::uint8_t* out);
+Verdict read_table(const std::uint8_t* in, CodeTable& table);
+
+// One row for each 11-bit window. Byte 7 is the first symbol, byte 6 the second, and so on, so that
+// a decoder which fills its output from the end stores the whole row with one write; byte 1 is the
+// number of symbols (1..6), byte 0 the number of bits they take.
+struct DecodeTable {
+  std::array<std::uint64_t, std::size_t{1} << kMaxCodeBits> rows;
+  std::array<std::uint8_t, 256> length_of;  // of the placeholder: length of the escape code
+  std::uint8_t placeholder;
+  bool has_escape;
+};
+void build_decode_table(const CodeTable& table, DecodeTable& out);
+
+struct EncodeTable {
+  alignas(64) std::array<std::uint8_t, 256> low;     // bits 0..7 of the code
+  alignas(64) std::array<std::uint8_t, 256> high;    // bits 8..10 of the code | length << 4
+  std::array<std::uint32_t, 256> code;               // code | length << 16
+  std::array<std::uint8_t, 256> escaped;             // 1: written as an escape
+  bool any_escaped;
+};
+void build_encode_table(const CodeTable& table, EncodeTable& out);
+
+}  // namespace slc1

@@ -1,0 +1,43 @@
+// The hot loops, one set for each instruction set, all with identical results.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "huffman.hpp"
+
+namespace slc1 {
+
+struct Kernels {
+  const char* name;
+
+  // CRC-32C (Castagnoli, reflected, initial and final complement as in RFC 3720) of the bytes.
+  std::uint32_t (*crc32c)(const std::uint8_t* data, std::size_t size);
+
+  // Adds the byte values of `rows` rows of `width` bytes to `counts`.
+  void (*histogram)(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t rows,
+                    std::size_t width, std::uint32_t* counts);
+
+  // Writes the HUF payload of a tile; returns its size. Up to kWriteSlack bytes more are touched.
+  std::size_t (*huf_encode)(const EncodeTable& table, const std::uint8_t* tile, std::size_t size,
+                            std::uint8_t* out);
+
+  // `tile` must have room for kMaxTileBytes + kWriteSlack bytes. Reads stay below `readable_end`.
+  Verdict (*huf_decode)(const DecodeTable& table, const std::uint8_t* payload, std::size_t length,
+                        const std::uint8_t* readable_end, std::uint8_t* tile, std::size_t size);
+
+  std::size_t (*nib_encode)(const std::uint8_t* tile, std::size_t size, std::uint8_t* out);
+  Verdict (*nib_decode)(const std::uint8_t* payload, std::size_t length,
+                        const std::uint8_t* readable_end, std::uint8_t* tile, std::size_t size);
+};
+
+// The sets that this machine can run, slowest first; the last one is the default.
+const std::vector<const Kernels*>& available_kernels();
+
+// The set in use: the fastest, or the one named by SLIM_COMPRESS_ISA or chosen with use_kernels.
+const Kernels& kernels();
+
+// Returns false if there is no such set here.
+bool use_kernels(const std::string& name);
+
+}  // namespace slc1

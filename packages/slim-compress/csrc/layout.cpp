@@ -1,0 +1,63 @@
+#include "layout.hpp"
+
+namespace slc1 {
+namespace {
+
+// Element (i, j) of the box lies at ((j / 32) * fractals_n * 16 + i) * 32 + j % 32 of its tile.
+template <typename CopyRow>
+void each_piece(const TileBox& box, CopyRow&& copy) {
+  const std::size_t column = box.fractals_n * kFractalBytes;
+  for (std::size_t i = 0; i < box.rows; ++i) {
+    std::size_t j = 0;
+    for (std::size_t f = 0; j < box.cols; ++f, j += kFractalCols) {
+      copy(i, j, std::min(kFractalCols, box.cols - j), f * column + i * kFractalCols);
+    }
+  }
+}
+
+}  // namespace
+
+void gather_tile(const TileBox& box, const View& matrix, std::uint8_t* tile) {
+  if (box.rows % kFractalRows != 0 || box.cols % kFractalCols != 0) {
+    std::memset(tile, 0, box.bytes());
+  }
+  const View m = box.within(matrix);
+  if (m.col == 1) {
+    each_piece(box, [&](std::size_t i, std::size_t j, std::size_t width, std::size_t at) {
+      const std::uint8_t* from = m.data + static_cast<std::ptrdiff_t>(i) * m.row + j;
+      if (width == kFractalCols) {
+        std::memcpy(tile + at, from, kFractalCols);
+      } else {
+        std::memcpy(tile + at, from, width);
+      }
+    });
+    return;
+  }
+  each_piece(box, [&](std::size_t i, std::size_t j, std::size_t width, std::size_t at) {
+    const std::uint8_t* from = m.data + static_cast<std::ptrdiff_t>(i) * m.row +
+                               static_cast<std::ptrdiff_t>(j) * m.col;
+    for (std::size_t x = 0; x < width; ++x, from += m.col) tile[at + x] = *from;
+  });
+}
+
+void scatter_tile(const TileBox& box, const std::uint8_t* tile, const View& matrix) {
+  const View m = box.within(matrix);
+  if (m.col == 1) {
+    each_piece(box, [&](std::size_t i, std::size_t j, std::size_t width, std::size_t at) {
+      std::uint8_t* to = m.data + static_cast<std::ptrdiff_t>(i) * m.row + j;
+      if (width == kFractalCols) {
+        std::memcpy(to, tile + at, kFractalCols);
+      } else {
+        std::memcpy(to, tile + at, width);
+      }
+    });
+    return;
+  }
+  each_piece(box, [&](std::size_t i, std::size_t j, std::size_t width, std::size_t at) {
+    std::uint8_t* to = m.data + static_cast<std::ptrdiff_t>(i) * m.row +
+                       static_cast<std::ptrdiff_t>(j) * m.col;
+    for (std::size_t x = 0; x < width; ++x, to += m.col) *to = tile[at + x];
+  });
+}
+
+}  // namespace slc1

@@ -1,0 +1,62 @@
+"""FRACTAL_NZ, the layout that the matrix unit of Ascend reads int8 weights in.
+
+A matrix of (n, k) is padded with zeros to multiples of 16 rows and 32 columns, cut into fractals of
+16 x 32, and stored as (k1, n1, 16, 32): the fractals column by column, each row by row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slim_compress import _native
+from slim_compress.arrays import to_int8
+from slim_compress.codec import FRACTAL
+from slim_core.errors import InvalidValueError
+from slim_core.validate import check_int
+
+
+def round_up(value: int, block: int) -> int:
+    """Return the smallest multiple of ``block`` that is not below ``value``."""
+    check_int("value", value, low=0)
+    check_int("block", block, low=1)
+    return -(-value // block) * block
+
+
+def nd_to_nz(matrix: Any, *, name: str = "matrix") -> np.ndarray:
+    """Return a matrix in FRACTAL_NZ.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray or torch.Tensor
+        (n, k), int8 or whole numbers that int8 can hold; need not be contiguous.
+
+    Returns
+    -------
+    numpy.ndarray
+        int8, (ceil(k / 32), ceil(n / 16), 16, 32).
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        ``matrix`` is not such a matrix.
+    """
+    return _native.nd_to_nz(to_int8(name, matrix))
+
+
+def nz_to_nd(nz: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Return the (n, k) matrix of an array in FRACTAL_NZ, of any dtype; padding is dropped.
+
+    Raises
+    ------
+    InvalidValueError
+        The shape of ``nz`` is not that of an (n, k) matrix.
+    """
+    check_int("n", n, low=1)
+    check_int("k", k, low=1)
+    expected = (-(-k // FRACTAL[1]), -(-n // FRACTAL[0]), *FRACTAL)
+    if nz.shape != expected:
+        raise InvalidValueError(f"nz must have the shape {expected}, not {nz.shape}")
+    nd = nz.transpose(1, 2, 0, 3).reshape(expected[1] * FRACTAL[0], expected[0] * FRACTAL[1])
+    return np.ascontiguousarray(nd[:n, :k])
