@@ -113,6 +113,8 @@ class QuantScheme:
     @property
     def ascend_type(self) -> str:
         """Type name of the layer in a model description, for example ``W8A8_DYNAMIC``."""
+        if self._key not in ASCEND_TYPES:
+            raise InvalidValueError(f"scheme {self} has no Ascend type")
         return ASCEND_TYPES[self._key]
 
     @property
@@ -148,7 +150,9 @@ TYPE_PRIORITY = ("FLOAT", "W8A16", "W8A8_DYNAMIC", "W8A8")
 
 FLOAT = QuantScheme(weight=None)
 
-_GRAMMAR = re.compile(r"w(\d+)a(\d+)(_dynamic)?(?:_g(\d+)|(_tensor))?(_asym)?")
+_GRAMMAR = re.compile(
+    r"w([1-9]\d?)a([1-9]\d?)(_dynamic)?(?:_g([1-9]\d{0,6})|(_tensor))?(_asym)?", re.ASCII
+)
 
 
 def model_type(types: set[str]) -> str:
@@ -158,7 +162,7 @@ def model_type(types: set[str]) -> str:
 
 def _from_match(match: re.Match[str]) -> QuantScheme | None:
     weight_bits, activation_bits, dynamic, group, tensor, asymmetric = match.groups()
-    if int(weight_bits) > 8 or int(weight_bits) < 2 or (group is not None and int(group) < 1):
+    if not 2 <= int(weight_bits) <= 8:
         return None
     granularity = (
         Granularity.PER_GROUP
@@ -172,7 +176,8 @@ def _from_match(match: re.Match[str]) -> QuantScheme | None:
     )
     if activation_bits == "16":
         return None if dynamic else QuantScheme(weight)
-    if activation_bits != "8":
+    # Integer products are folded with one scale a row and no weight zero point.
+    if activation_bits != "8" or asymmetric or group:
         return None
     if dynamic:
         return QuantScheme(weight, TensorScheme(INT8, Granularity.PER_TOKEN))

@@ -57,6 +57,9 @@ class SafeTensorFormat(Format):
         if codes.ndim != 2:
             raise FormatError(f"{name}.weight must have shape (out, in), not {codes.shape}")
         rows, columns = codes.shape
+        reason = self.unsupported(scheme, (rows, columns))
+        if reason is not None:
+            raise FormatError(f"{name} cannot be {scheme}: {reason}")
         scale_shapes = [(rows, 1), (1,)]
         if scheme.group_size:
             scale_shapes = [(rows, columns // scheme.group_size)]

@@ -1,0 +1,152 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slim_core.dtypes import INT4, INT8, IntType
+from slim_core.errors import InvalidTypeError, InvalidValueError
+from slim_core.scheme import (
+    ASCEND_TYPES,
+    FLOAT,
+    KNOWN_SCHEMES,
+    TYPE_PRIORITY,
+    Granularity,
+    QuantScheme,
+    TensorScheme,
+    model_type,
+)
+
+PER_CHANNEL = TensorScheme(INT8, Granularity.PER_CHANNEL)
+STATIC = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
+PER_TOKEN = TensorScheme(INT8, Granularity.PER_TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "activation", "ascend"),
+    [
+        ("w8a8", PER_CHANNEL, STATIC, "W8A8"),
+        ("w8a8_tensor", TensorScheme(INT8, Granularity.PER_TENSOR), STATIC, "W8A8"),
+        ("w8a8_dynamic", PER_CHANNEL, PER_TOKEN, "W8A8_DYNAMIC"),
+        ("w8a16", PER_CHANNEL, None, "W8A16"),
+        ("w8a16_asym", TensorScheme(INT8, Granularity.PER_CHANNEL, False), None, "W8A16"),
+        ("w8a16_g128", TensorScheme(INT8, Granularity.PER_GROUP, True, 128), None, "W8A16"),
+        ("w8a16_g64_asym", TensorScheme(INT8, Granularity.PER_GROUP, False, 64), None, "W8A16"),
+        ("float", None, None, "FLOAT"),
+    ],
+)
+def test_parse(text, weight, activation, ascend):
+    scheme = QuantScheme.parse(text)
+    assert scheme == QuantScheme(weight, activation)
+    assert scheme.ascend_type == ascend
+    assert str(scheme) == text
+    assert QuantScheme.parse(text.upper()) == scheme
+
+
+def test_every_known_scheme_parses_to_itself():
+    for text in KNOWN_SCHEMES:
+        assert str(QuantScheme.parse(text)) == text
+
+
+@given(
+    st.builds(
+        "w{}a{}{}{}{}".format,
+        st.sampled_from([2, 4, 8]),
+        st.sampled_from([8, 16]),
+        st.sampled_from(["", "_dynamic"]),
+        st.one_of(st.sampled_from(["", "_tensor"]), st.integers(1, 4096).map("_g{}".format)),
+        st.sampled_from(["", "_asym"]),
+    )
+)
+def test_what_parses_is_written_back_as_it_was(text):
+    assert parsed_name(text) in (None, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "w8",
+        "w8a8 ",
+        "w08a8",
+        "w8a16_g0",
+        "w8a16_g0128",
+        "w8a16_dynamic",
+        "w8a8_g128",
+        "w8a8_asym",
+        "w16a16",
+        "w1a16",
+        "w9a8",
+        "w8a7",
+        "w8a8_dynamic_dynamic",
+        "w8a16_g128_tensor",
+        "w\N{ARABIC-INDIC DIGIT EIGHT}a8",
+        "w8a" + "9" * 5000,
+    ],
+)
+def test_what_is_no_scheme(text):
+    with pytest.raises(InvalidValueError, match="known are w8a8, w8a8_dynamic, w8a16"):
+        QuantScheme.parse(text)
+
+
+def parsed_name(text):
+    try:
+        return str(QuantScheme.parse(text))
+    except InvalidValueError:
+        return None
+
+
+@given(st.text(max_size=20))
+def test_any_text_parses_to_itself_or_is_a_typed_error(text):
+    assert parsed_name(text) in (None, text.lower())
+
+
+def test_near_misses_are_offered():
+    with pytest.raises(InvalidValueError, match="scheme 'w8a8_dynamik' is unknown") as caught:
+        QuantScheme.parse("w8a8_dynamik")
+    assert "'w8a8_dynamic'" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [8, None, b"w8a8", ["w8a8"]])
+def test_schemes_are_text(value):
+    with pytest.raises(InvalidTypeError, match="scheme must be str, not"):
+        QuantScheme.parse(value)
+
+
+def test_properties():
+    static, dynamic = QuantScheme.parse("w8a8"), QuantScheme.parse("w8a8_dynamic")
+    grouped = QuantScheme.parse("w8a16_g32")
+    table = [(s.is_float, s.is_static, s.is_dynamic, s.group_size) for s in (static, dynamic)]
+    assert table == [(False, True, False, 0), (False, False, True, 0)]
+    assert (grouped.is_static, grouped.is_dynamic, grouped.group_size) == (False, False, 32)
+    assert (FLOAT.is_float, FLOAT.is_static, FLOAT.is_dynamic, FLOAT.group_size) == (
+        True,
+        False,
+        False,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("granularity", "size"),
+    [(Granularity.PER_GROUP, 0), (Granularity.PER_CHANNEL, 128), (Granularity.PER_GROUP, -1)],
+)
+def test_group_size_goes_with_groups(granularity, size):
+    with pytest.raises(InvalidValueError, match="group_size must be"):
+        TensorScheme(INT8, granularity, True, size)
+
+
+def test_schemes_without_ascend_type_say_so():
+    with pytest.raises(InvalidValueError, match="scheme w3a8 has no Ascend type"):
+        _ = QuantScheme(TensorScheme(IntType(3), Granularity.PER_CHANNEL), STATIC).ascend_type
+
+
+def test_schemes_are_values():
+    assert len({QuantScheme.parse("w8a8"), QuantScheme.parse("w8a8"), FLOAT}) == 2
+    assert TensorScheme(INT4, Granularity.PER_CHANNEL) != PER_CHANNEL
+
+
+def test_model_type_is_the_one_of_highest_priority():
+    assert set(ASCEND_TYPES.values()) == set(TYPE_PRIORITY)
+    assert model_type(set()) == "FLOAT"
+    assert model_type({"FLOAT", "W8A16"}) == "W8A16"
+    assert model_type({"W8A8_DYNAMIC", "W8A16", "FLOAT"}) == "W8A8_DYNAMIC"
+    assert model_type({"W8A8_DYNAMIC", "W8A8"}) == "W8A8"
