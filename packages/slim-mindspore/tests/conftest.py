@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slim_mindspore.ckpt import write_ckpt
+from slim_mindspore.hub import load_llama
+from slim_mindspore.tensors import parameters_of
+from slim_mindspore.text import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = ROOT.parent / "shared"
+TINY = ROOT / "examples" / "tiny-llama"
+GOLDEN = SHARED / "data" / "mindspore_golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir():
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def golden():
+    if not GOLDEN.is_dir():
+        pytest.skip(f"the golden checkpoints are not at {GOLDEN}")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def shared_model():
+    """One network for all tests that leave it as it is."""
+    return load_llama(TINY)
+
+
+@pytest.fixture
+def tiny():
+    """A network of its own for tests that change it."""
+    return load_llama(TINY)
+
+
+@pytest.fixture(scope="session")
+def float_ckpt(shared_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("float") / "model.ckpt"
+    write_ckpt(path, parameters_of(shared_model))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="session")
+def eval_ids(tokenizer):
+    text = (ROOT / "examples" / "eval.txt").read_text(encoding="utf-8")
+    return np.asarray(tokenizer.encode(text).ids, np.int32)[: 128 * 12]
+
+
+@pytest.fixture(scope="session")
+def calib_ids(tokenizer):
+    lines = (ROOT / "examples" / "calib.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    return [np.asarray([tokenizer.encode(json.loads(line)["text"]).ids[:128]]) for line in lines]
