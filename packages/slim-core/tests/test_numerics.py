@@ -126,6 +126,15 @@ def test_codes_are_those_of_a_true_division(x, scale):
         assert code == max(-128, min(127, half_even(float(quotient))))
 
 
+def test_division_is_not_a_product_with_the_reciprocal():
+    random = rng(0)
+    scale = random.uniform(0.01, 1, 100_000).astype(F32)
+    x = ((random.integers(-100, 100, scale.size) + 0.5) * scale.astype(float)).astype(F32)
+    codes = quantize(x, scale, None, INT8)
+    np.testing.assert_array_equal(codes, np.rint(x / scale))
+    assert np.any(codes != np.rint(x * (F32(1) / scale)))
+
+
 # --- weights --------------------------------------------------------------------------------------
 
 
@@ -246,6 +255,17 @@ def test_zero_rows_are_exact():
         np.testing.assert_array_equal(dequantize_weight(codes, scale, offset), weight)
 
 
+@pytest.mark.parametrize(
+    "kind", [SYM, scheme(Granularity.PER_TENSOR), scheme(Granularity.PER_GROUP, group=2)]
+)
+def test_symmetric_codes_leave_out_the_most_negative(kind):
+    # With a scale smaller than that of min-max, as a search for a better one may choose.
+    shape = {Granularity.PER_TENSOR: (1,), Granularity.PER_GROUP: (1, 2)}
+    scale = np.full(shape.get(kind.granularity, (1, 1)), 0.5, F32)
+    codes = quantize_weight(F32([[-1000, -63.9, 63.9, 1000]]), scale, np.zeros_like(scale), kind)
+    assert codes.tolist() == [[-127, -127, 127, 127]]
+
+
 def test_group_size_must_divide():
     kind = scheme(Granularity.PER_GROUP, group=3)
     with pytest.raises(FormatError, match="group size 3 does not divide 8 input channels"):
@@ -333,10 +353,10 @@ def test_per_tensor_scale_gives_one_deq_scale():
 
 
 def test_long_rows_keep_every_digit():
-    # 3 * 127 * 100003 has more digits than float32 holds.
-    codes = np.full((1, 100_003), 127, np.int8)
+    # 127 * 200003 has more digits than float32 holds.
+    codes = np.full((1, 200_003), 127, np.int8)
     _, quant_bias = fold_static(codes, F32([[1.0]]), F32([1.0]), F32([-3.0]), F32([1.0]))
-    assert quant_bias.tolist() == [3 * 127 * 100_003 + 1]
+    assert quant_bias.tolist() == [3 * 127 * 200_003 + 1]
 
 
 def test_bias_beyond_int32_is_held_at_the_end():
