@@ -8,6 +8,8 @@ arrays and torch tensors (as numpy arrays), and refuse everything else by name.
 from __future__ import annotations
 
 import functools
+import re
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +27,10 @@ from slim_core.torch_pickles import (
 )
 from slim_core.unpickler import Globals, Opaque, restricted_load
 
+_BAD_HEADER = (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
+_MAX_DEPTH = 100
 _PLAIN = (str, bytes, int, float, bool, type(None))
-_DTYPE_NAME = "biufcSU"
+_DTYPE_NAME = re.compile(r"[<>|=]?(b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SU]\d{1,9})")
 _ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "uint4")
 
 
@@ -133,9 +137,9 @@ class _Dtype:
         if isinstance(kind, Opaque) and isinstance(kind.value, np.dtype):
             self._dtype = kind.value
         elif isinstance(kind, str) and not self.is_object:
-            self._dtype = np.dtype(kind)
-            if self._dtype.kind not in _DTYPE_NAME or self._dtype.fields is not None:
+            if not _DTYPE_NAME.fullmatch(kind):
                 raise ValueError(f"arrays of {kind:.20} are not supported")
+            self._dtype = np.dtype(kind)
         elif not self.is_object:
             raise ValueError("an array of an unknown type")
 
@@ -206,7 +210,7 @@ def _read_header(file: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dty
             else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read(stream)
-    except (ValueError, EOFError) as error:
+    except _BAD_HEADER as error:
         raise CheckpointError(f"{file} is not a .npy file: {error}") from error
     return shape, dtype
 
@@ -218,23 +222,36 @@ def _string_dict(file: Path, value: Any) -> dict[str, Any]:
         if not isinstance(key, str):
             raise CheckpointError(f"{file}: the key {key!r:.80} is not text")
     try:
-        return {key: _plain(item) for key, item in value.items()}
-    except (RecursionError, ValueError, TypeError) as error:
+        plain: dict[str, Any] = _Plain().convert(value)
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} holds something that is no data: {error}") from error
+    return plain
 
 
-def _plain(value: Any) -> Any:
-    """Replace what stands for arrays by arrays, at any depth."""
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise ValueError("a nested array of Python objects")
-        return value.value
-    if isinstance(value, LazyTensor):
-        return value.load()
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, (*_PLAIN, np.generic)):
-        return value
-    raise ValueError(f"a {type(value).__name__}")
+class _Plain:
+    """Replaces what stands for arrays by arrays, at any depth."""
+
+    def __init__(self) -> None:
+        # By identity: a few nested lists can refer to one another very many times.
+        self._done: dict[int, Any] = {}
+
+    def convert(self, value: Any, depth: int = 0) -> Any:
+        if isinstance(value, (*_PLAIN, np.generic)):
+            return value
+        if id(value) not in self._done:
+            if depth > _MAX_DEPTH:
+                raise ValueError("nested too deep, or containing itself")
+            self._done[id(value)] = self._convert(value, depth + 1)
+        return self._done[id(value)]
+
+    def _convert(self, value: Any, depth: int) -> Any:
+        if isinstance(value, _Array) and value.value is not None:
+            return value.value
+        if isinstance(value, LazyTensor):
+            return value.load()
+        if isinstance(value, dict):
+            return {self.convert(k, depth): self.convert(v, depth) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.convert(item, depth) for item in value)
+        what = "nested array of Python objects" if isinstance(value, _Array) else type(value)
+        raise ValueError(f"a {what}")

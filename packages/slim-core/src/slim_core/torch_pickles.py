@@ -106,13 +106,11 @@ class LazyTensor:
 
     def load(self) -> np.ndarray:
         """Read the elements into a C-contiguous array of its own."""
-        flat = np.empty(self.extent, self.dtype)
-        self.storage.read(self.offset * self.dtype.itemsize, flat.view(np.uint8).data)
-        if 0 in self.shape:
-            return flat.reshape(self.shape)
-        steps = tuple(step * self.dtype.itemsize for step in self.strides)
-        view = np.lib.stride_tricks.as_strided(flat, self.shape, steps)
-        return np.require(view, requirements="C").reshape(self.shape)
+        flat = np.empty(self.extent * self.dtype.itemsize, np.uint8)
+        self.storage.read(self.offset * self.dtype.itemsize, flat.data)
+        steps = [step * self.dtype.itemsize for step in self.strides]
+        view: np.ndarray = np.ndarray(self.shape, self.dtype, flat, strides=steps)
+        return view if view.flags.c_contiguous else view.copy("C")
 
 
 @dataclass(slots=True)
@@ -206,14 +204,14 @@ def _read_zip(stream: IO[bytes], size: int, reader: _Reader) -> Any:
 
 def _locate(stream: IO[bytes], info: zipfile.ZipInfo, size: int, name: str) -> int:
     """Return where the bytes of an uncompressed record start."""
-    stream.seek(info.header_offset)
+    stream.seek(max(info.header_offset, 0))
     header = stream.read(_LOCAL_HEADER.size)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise CheckpointError(f"{name}: the record {info.filename} is compressed or encrypted")
     if len(header) == _LOCAL_HEADER.size:
         magic, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
         start: int = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        if magic == _ZIP_MAGIC and start + info.file_size <= size:
+        if magic == _ZIP_MAGIC and info.header_offset >= 0 and start + info.file_size <= size:
             return start
     raise CheckpointError(f"{name} is damaged or cut short at the record {info.filename}")
 

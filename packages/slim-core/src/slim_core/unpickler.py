@@ -7,9 +7,11 @@ No real class is ever handed out, so neither calling nor changing one is possibl
 
 from __future__ import annotations
 
+import os
 import pickle
+import struct
 from collections.abc import Callable, Mapping
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 from slim_core.errors import CheckpointError, SlimError
 
@@ -25,7 +27,9 @@ _DAMAGE = (
     RecursionError,
     TypeError,
     ValueError,
+    struct.error,
 )
+_SMALL_READ = 1 << 16
 
 
 class Opaque:
@@ -62,10 +66,14 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+_EMPTY_BYTES = Opaque(function=lambda: b"")
+
 SAFE_GLOBALS: Globals = {
     ("collections", "OrderedDict"): Opaque(function=PlainDict),
     # How protocols up to 2 write bytes.
     ("_codecs", "encode"): Opaque(function=_encode),
+    ("builtins", "bytes"): _EMPTY_BYTES,
+    ("__builtin__", "bytes"): _EMPTY_BYTES,
 }
 
 
@@ -105,7 +113,13 @@ def restricted_load(
         raise CheckpointError(f"{source} holds a damaged pickle: {error}") from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    # The implementation in C reserves memory for whatever memo index a pickle names, many
+    # gigabytes for one byte of damage; this one, in Python, does not.
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
     def __init__(
         self,
         stream: IO[bytes],
@@ -114,7 +128,7 @@ class _Unpickler(pickle.Unpickler):
         refuse: type[SlimError],
         resolve: Callable[[Any], Any] | None,
     ) -> None:
-        super().__init__(stream)
+        super().__init__(_Bounded(stream))
         self._allowed = allowed
         self._source = source
         self._refuse = refuse
@@ -133,3 +147,25 @@ class _Unpickler(pickle.Unpickler):
         if self._resolve is None:
             raise pickle.UnpicklingError("unexpected persistent id")
         return self._resolve(pid)
+
+    def _load_bytearray8(self) -> None:
+        # As bytes: the original allocates the announced length before it reads.
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
+
+
+class _Bounded:
+    """A stream that does not try to read more than there is."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.readline = stream.readline
+        place = stream.tell()
+        self._end = stream.seek(0, os.SEEK_END)
+        stream.seek(place)
+
+    def read(self, count: int) -> bytes:
+        if count > _SMALL_READ:
+            count = min(count, self._end - self._stream.tell())
+        return self._stream.read(count)
