@@ -18,7 +18,7 @@ Python user would expect, so ``except ValueError`` keeps working::
     ├── FileSecurityError      (ValueError)      a path that is unsafe to read or to write
     ├── OutputExistsError      (FileExistsError) an output that would be overwritten
     ├── DeviceError            (RuntimeError)    a device that is not there
-    └── MissingDependencyError (ImportError)     an optional package that is not installed
+    └── MissingDependencyError (ModuleNotFoundError) an optional package that is not installed
 """
 
 from __future__ import annotations
@@ -110,5 +110,5 @@ class DeviceError(SlimError, RuntimeError):
     """The device that was asked for is not there."""
 
 
-class MissingDependencyError(SlimError, ImportError):
+class MissingDependencyError(SlimError, ModuleNotFoundError):
     """An optional package is needed and not installed."""

@@ -42,10 +42,10 @@ def check_float(
     """Require a float, or an int standing for one, within the closed range ``[low, high]``."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    value = check_type(name, value, float)
-    if value != value:
+    number = check_type(name, value, float)
+    if number != number:
         raise InvalidValueError(f"{name} must be a number, not NaN")
-    return _in_range(name, value, low, high)
+    return _in_range(name, number, low, high)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[T]) -> T:

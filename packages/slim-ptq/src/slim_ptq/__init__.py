@@ -1,5 +1,60 @@
-"""Post-training quantization of Hugging Face language models for Huawei Ascend and others."""
+"""Post-training quantization of Hugging Face language models.
+
+Two interfaces to the same machinery: :func:`quantize`, from a model directory to a quantized one,
+and the classic ``QuantConfig`` / ``Calibrator`` / ``AntiOutlier`` on a model in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from slim_ptq.__about__ import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from slim_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
+    from slim_ptq.api import quantize
+    from slim_ptq.calibrator import Calibrator
+    from slim_ptq.config import QuantConfig
+    from slim_ptq.dequantize import dequantize
+    from slim_ptq.fake_quantize import FakeQuantizeCalibrator
+    from slim_ptq.load import load_model
+    from slim_ptq.quality import evaluate_text
+
+# Imported on first use, so that the command line can print its help without torch.
+_HOMES = {
+    "AntiOutlier": "slim_ptq.anti_outlier",
+    "AntiOutlierConfig": "slim_ptq.anti_outlier",
+    "Calibrator": "slim_ptq.calibrator",
+    "FakeQuantizeCalibrator": "slim_ptq.fake_quantize",
+    "QuantConfig": "slim_ptq.config",
+    "dequantize": "slim_ptq.dequantize",
+    "evaluate_text": "slim_ptq.quality",
+    "load_model": "slim_ptq.load",
+    "quantize": "slim_ptq.api",
+}
+
+__all__ = [
+    "AntiOutlier",
+    "AntiOutlierConfig",
+    "Calibrator",
+    "FakeQuantizeCalibrator",
+    "QuantConfig",
+    "__version__",
+    "dequantize",
+    "evaluate_text",
+    "load_model",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'slim_ptq' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

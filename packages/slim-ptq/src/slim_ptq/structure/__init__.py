@@ -1,6 +1,7 @@
 """The structure of Hugging Face decoders, found by shapes and data flow instead of name tables."""
 
 from slim_ptq.structure.blocks import find_blocks
+from slim_ptq.structure.calls import named_sample
 from slim_ptq.structure.experts import UnfusedExperts, find_fused_experts, unfuse_experts
 from slim_ptq.structure.linears import as_linear, bias_of, is_linear, weight_of
 from slim_ptq.structure.links import Link, LinkKind, NormForm, RejectedLink, Target
@@ -25,6 +26,7 @@ __all__ = [
     "find_routers",
     "is_linear",
     "is_router",
+    "named_sample",
     "trace_block",
     "unfuse_experts",
     "weight_of",

@@ -8,10 +8,11 @@ from its shapes and then proved: the replacement must compute the same as the or
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,6 +265,22 @@ class _OwnGate:
         return self.function(self.shell, joined)
 
 
+@contextlib.contextmanager
+def _plainly(module: nn.Module) -> Iterator[None]:
+    """Let the module use its own forward instead of a grouped kernel, which not all types have."""
+    config, training = getattr(module, "config", None), module.training
+    chosen = getattr(config, "_experts_implementation", None)
+    if chosen is not None:
+        config._experts_implementation = "eager"  # type: ignore[union-attr]
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+        if chosen is not None:
+            config._experts_implementation = chosen  # type: ignore[union-attr]
+
+
 class _Proof:
     """Outputs of the fused module on random tokens, each routed to all experts."""
 
@@ -289,10 +306,8 @@ class _Proof:
         self.arguments = dict(
             zip(roles, (states, order.to(down.device), random(self.TOKENS, count)), strict=True)
         )
-        was_training = module.training
-        with torch.no_grad():
-            self.expected = module.eval()(**self.arguments).float().reshape(self.TOKENS, width)
-        module.train(was_training)
+        with torch.no_grad(), _plainly(module):
+            self.expected = module(**self.arguments).float().reshape(self.TOKENS, width)
         relative = max(8 * torch.finfo(down.dtype).eps, 1e-5)
         self.tolerance = relative * float(self.expected.abs().max())
 

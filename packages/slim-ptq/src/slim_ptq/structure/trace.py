@@ -146,10 +146,10 @@ class _Recorder:
         links = self.siblings.complete([link for link in found if link is not None])
         run = {reading.weight.module for reading in self.flow.readings}
         unknown = [n for n in self.linears if n not in run and not self.siblings.known(n, run)]
-        if not unknown:
-            return tuple(links), ()
-        reason = f"{unknown[0]} was not run, so what it reads is not known"
-        return (), tuple(RejectedLink(link, reason) for link in links)
+        reasons = {link.source: _unfit(link, unknown) for link in links}
+        fit = tuple(link for link in links if reasons[link.source] is None)
+        rejected = [RejectedLink(link, reasons[link.source] or "") for link in links]
+        return fit, tuple(item for item in rejected if item.reason)
 
     def _link(self, source: str, readers: list[tuple[Reading, torch.Tensor, bool]]) -> Link | None:
         targets: dict[tuple[str, str], Target] = {}
@@ -167,6 +167,18 @@ class _Recorder:
             return None
         width = module.get_parameter("weight").shape[0]
         return Link(LinkKind.NORM_LINEAR, source, order, width, form)
+
+
+def _unfit(link: Link, unknown: list[str]) -> str | None:
+    """Say why a candidate is not worth a proof, or None."""
+    if unknown:
+        return f"{unknown[0]} was not run, so what it reads is not known"
+    first = link.targets[0].index
+    if any(not torch.equal(first, target.index) for target in link.targets[1:]):
+        return "its readers take its channels in different orders"
+    if link.kind is LinkKind.NORM_LINEAR and first.tolist() != list(range(link.width)):
+        return "its readers take only some of its channels, or in another order"
+    return None
 
 
 @contextlib.contextmanager

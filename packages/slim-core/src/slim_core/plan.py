@@ -1,0 +1,236 @@
+"""Plans: every layer and its scheme, with all errors found before any work is done.
+
+A plan is made from names, shapes and a recipe alone, so a mistake costs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from slim_core.errors import PatternError, PlanError
+from slim_core.formats import Format
+from slim_core.groups import group_by, is_expert, is_router
+from slim_core.matching import match_all
+from slim_core.scheme import FLOAT, Granularity, QuantScheme, TensorScheme, model_type
+
+if TYPE_CHECKING:
+    from slim_core.recipe import Recipe
+
+Shape = tuple[int, int]
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# The grammar admits per-token int8 with the same weights for every static type.
+_PER_TOKEN_INT8 = QuantScheme.parse("w8a8_dynamic").activation
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One linear layer: its weight shape (out, in), its scheme, and why it has that scheme."""
+
+    name: str
+    shape: Shape
+    scheme: QuantScheme
+    reason: str
+
+    def nbytes(self, model_dtype: str) -> int:
+        """Return the estimated bytes of the stored layer without its float bias."""
+        rows, columns = self.shape
+        weight = self.scheme.weight
+        if weight is None:
+            return rows * columns * _ITEM_BYTES[model_dtype]
+        groups = columns // weight.group_size if weight.group_size else 1
+        scales = 1 if weight.granularity is Granularity.PER_TENSOR else rows * groups
+        static = 8 + rows * (4 + (4 if model_dtype == "bfloat16" else 8))
+        return rows * columns + 8 * scales + (static if self.scheme.is_static else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do.
+
+    ``warnings`` are facts that do not stop it: engines that will not read the result, layers that
+    got another scheme than the recipe's.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    model_dtype: str
+    format: str
+    bytes_before: int
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def quantized(self) -> dict[str, LayerPlan]:
+        """The layers that do not stay in floating point, by name."""
+        return {layer.name: layer for layer in self.layers if not layer.scheme.is_float}
+
+    @property
+    def model_type(self) -> str:
+        """Type name of the whole model."""
+        return model_type({layer.scheme.ascend_type for layer in self.layers})
+
+    @property
+    def group_size(self) -> int:
+        """The one group size of the model, 0 if no layer is grouped."""
+        return max((layer.scheme.group_size for layer in self.layers), default=0)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some layer needs statistics of activations."""
+        return any(layer.scheme.is_static for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Estimated bytes of the weight files."""
+        saved = sum(
+            layer.shape[0] * layer.shape[1] * _ITEM_BYTES[self.model_dtype]
+            - layer.nbytes(self.model_dtype)
+            for layer in self.layers
+        )
+        return self.bytes_before - saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values for JSON."""
+        return {
+            "format": self.format,
+            "model_type": self.model_type,
+            "model_dtype": self.model_dtype,
+            "group_size": self.group_size,
+            "needs_calibration": self.needs_calibration,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "warnings": list(self.warnings),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "scheme": str(layer.scheme),
+                    "reason": layer.reason,
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def build_plan(
+    linears: Mapping[str, Shape],
+    recipe: Recipe,
+    form: Format,
+    *,
+    model_dtype: str,
+    bytes_before: int,
+    calibrated: bool,
+) -> Plan:
+    """Give every linear layer its scheme.
+
+    Parameters
+    ----------
+    linears : mapping
+        Weight shape (out, in) of every layer that can be quantized, by name.
+    calibrated : bool
+        Whether calibration data is there.
+
+    Raises
+    ------
+    PlanError
+        Everything that is wrong, each problem naming its layer.
+    """
+    problems: list[str] = []
+    layers = tuple(_resolve(linears, recipe, problems))
+    for layer in layers:
+        reason = form.unsupported(layer.scheme, layer.shape)
+        if reason:
+            problems.append(f"{layer.name} cannot be {layer.scheme} in {form.name}: {reason}")
+        if is_expert(layer.name) and layer.scheme.is_static:
+            problems.append(
+                f"{layer.name} is an expert and cannot be {layer.scheme}: no engine runs "
+                "experts with static activations; use the _dynamic scheme"
+            )
+    problems += _unlike_groups(layers)
+    sizes = sorted({layer.scheme.group_size for layer in layers if layer.scheme.group_size})
+    if len(sizes) > 1:
+        problems.append(f"the description holds one group size, the recipe asks for {sizes}")
+    if not calibrated and any(layer.scheme.is_static for layer in layers):
+        problems.append("static activation schemes need calibration data, and there is none")
+    if not linears:
+        problems.append("the model has no linear layer in a decoder block")
+    elif not problems and all(layer.scheme.is_float for layer in layers):
+        problems.append("the recipe leaves every layer in floating point")
+    if problems:
+        raise PlanError(problems)
+    return Plan(layers, model_dtype, form.name, bytes_before, tuple(_warnings(layers, form)))
+
+
+def dynamic_variant(scheme: QuantScheme) -> QuantScheme:
+    """Return the scheme with per-token activations in the place of static ones."""
+    weight = scheme.weight
+    if not scheme.is_static or weight is None:
+        return scheme
+    per_channel = TensorScheme(weight.dtype, Granularity.PER_CHANNEL)
+    return QuantScheme(per_channel, _PER_TOKEN_INT8)
+
+
+def _resolve(
+    linears: Mapping[str, Shape], recipe: Recipe, problems: list[str]
+) -> Iterable[LayerPlan]:
+    names = list(linears)
+    excluded = _expand("exclude", recipe.exclude, names, problems)
+    ruled = _expand("rules", [rule.match for rule in recipe.rules], names, problems)
+    schemes = {rule.match: rule.scheme for rule in recipe.rules}
+    for name, shape in linears.items():
+        if name in excluded:
+            yield LayerPlan(name, shape, FLOAT, f"excluded by {excluded[name]!r}")
+        elif name in ruled:
+            yield LayerPlan(name, shape, schemes[ruled[name]], f"rule {ruled[name]!r}")
+        elif is_router(name):
+            yield LayerPlan(name, shape, FLOAT, "a router stays in float")
+        elif is_expert(name) and recipe.scheme.is_static:
+            scheme = dynamic_variant(recipe.scheme)
+            yield LayerPlan(name, shape, scheme, "experts have no static kernel")
+        else:
+            yield LayerPlan(name, shape, recipe.scheme, "recipe")
+
+
+def _expand(
+    what: str, patterns: Iterable[str], names: list[str], problems: list[str]
+) -> dict[str, str]:
+    """Return the first pattern that matches each name; lost patterns become problems."""
+    first: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            hits = match_all(what, [pattern], names)[pattern]
+        except PatternError as error:
+            problems.append(f"{error.message} ({error.hint})")
+            continue
+        for name in hits:
+            first.setdefault(name, pattern)
+    return first
+
+
+def _unlike_groups(layers: tuple[LayerPlan, ...]) -> Iterable[str]:
+    schemes = {layer.name: layer.scheme for layer in layers}
+    for group, members in group_by(schemes).items():
+        if len({schemes[name] for name in members}) > 1:
+            listed = ", ".join(
+                f"{name.rsplit('.', 1)[-1]}: {schemes[name]}" for name in members[:6]
+            )
+            yield (
+                f"{group} is run as one matrix by the engines, its layers must share one scheme"
+                f" ({listed})"
+            )
+
+
+def _warnings(layers: tuple[LayerPlan, ...], form: Format) -> Iterable[str]:
+    weights = [layer.scheme.weight for layer in layers if layer.scheme.weight is not None]
+    if form.name == "float":
+        return
+    if any(not weight.symmetric for weight in weights):
+        yield "asymmetric weights load correctly only in MindIE (vllm-ascend adds the offset)"
+    if any(weight.granularity is Granularity.PER_GROUP for weight in weights):
+        yield "per-group W8A16 weights are read by MindIE only"
+    if any(weight.granularity is Granularity.PER_TENSOR for weight in weights):
+        yield "per-tensor weights are read by MindIE only (vllm-ascend wants one scale a channel)"
+    changed = [layer for layer in layers if layer.reason == "experts have no static kernel"]
+    if changed:
+        yield f"{len(changed)} expert layers are {changed[0].scheme}: {changed[0].reason}"

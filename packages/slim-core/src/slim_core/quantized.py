@@ -1,0 +1,155 @@
+"""Reading quantized checkpoints back: the description file and the layers it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slim_core.checkpoint import Checkpoint, open_checkpoint
+from slim_core.checkpoint.discover import read_json_object
+from slim_core.errors import CheckpointError, FormatError
+from slim_core.files import PathLike, as_path
+from slim_core.formats import DESCRIPTION_FILE, FORMATS
+from slim_core.layers import QuantizedLinear
+from slim_core.scheme import ASCEND_TYPES, QuantScheme
+
+ADDED_NORM_BIAS = "added_norm_bias"  # key in the metadata of a description
+
+_QUANTIZED_TYPES = frozenset(ASCEND_TYPES.values()) - {"FLOAT"}
+
+
+class QuantizedCheckpoint:
+    """A directory in the ``ascend_v1`` or ``safe_tensor`` format.
+
+    Parameters
+    ----------
+    path : path
+        Directory with a description file.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+        The tensors.
+    description : dict
+        The whole description file.
+    description_file : Path
+    layers : dict
+        Type of each quantized layer by its name.
+
+    Raises
+    ------
+    CheckpointError
+        There is no description, or more than one.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        root = as_path("path", path)
+        self.description_file = find_description(root)
+        self.checkpoint: Checkpoint = open_checkpoint(root)
+        self.description: dict[str, Any] = read_json_object(self.description_file)
+        self.layers: dict[str, str] = {
+            tensor.removesuffix(".weight"): kind
+            for tensor, kind in self.description.items()
+            if isinstance(kind, str)
+            and kind in _QUANTIZED_TYPES
+            and tensor.endswith(".weight")
+            and not tensor.endswith(".module.weight")
+        }
+
+        self._by_layer: dict[str, list[str]] = {}
+        for tensor in self.checkpoint.tensors:
+            self._by_layer.setdefault(tensor.rpartition(".")[0], []).append(tensor)
+
+    @property
+    def model_dtype(self) -> str:
+        """Dtype of the model as its configuration declares it, else of the stored norms."""
+        config = self.checkpoint.config
+        for source in (config, config.get("text_config") or {}):
+            declared = source.get("dtype") or source.get("torch_dtype")
+            if isinstance(declared, str):
+                return declared
+        floats = [
+            np.dtype(self.checkpoint.tensors[name].dtype).name
+            for name, kind in self.description.items()
+            if kind == "FLOAT" and name in self.checkpoint.tensors and name.endswith(".weight")
+        ]
+        if not floats:
+            raise CheckpointError(f"{self.checkpoint.path} does not tell the dtype of its model")
+        most: str = max(set(floats), key=floats.count)
+        return most
+
+    @property
+    def norm_extras(self) -> frozenset[str]:
+        """Tensors that were added to smoothed norms and that no float model has."""
+        tensors = self.checkpoint.tensors
+        copies = {name for name in tensors if name.endswith((".module.weight", ".module.bias"))}
+        added = {name.replace(".module.bias", ".bias") for name in copies} - copies
+        noted = self.description.get("metadata", {}).get(ADDED_NORM_BIAS, [])
+        return frozenset(
+            {*copies, *(name for name in {*added, *noted} if name.endswith(".bias"))}
+            & tensors.keys()
+        )
+
+    def tensor_names(self, layer: str) -> list[str]:
+        """Return the full names of the tensors of a layer."""
+        return self._by_layer.get(layer, [])
+
+    def tensors_of(self, layer: str) -> dict[str, np.ndarray]:
+        """Return the tensors of a layer by their local names."""
+        return {
+            name.rpartition(".")[2]: self.checkpoint.load(name) for name in self.tensor_names(layer)
+        }
+
+    def layer(self, name: str) -> QuantizedLinear:
+        """Return a quantized layer.
+
+        Raises
+        ------
+        FormatError
+            A tensor of the layer is missing or has the wrong dtype or shape.
+        """
+        tensors = self.tensors_of(name)
+        scheme = scheme_of(name, self.layers[name], tensors)
+        return FORMATS["safe_tensor"].decode(name, scheme, tensors, self.model_dtype)
+
+
+def find_description(directory: Path) -> Path:
+    """Return the description file of a quantized checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        There is none, or there are several and none has the fixed name.
+    """
+    if (directory / DESCRIPTION_FILE).is_file():
+        return directory / DESCRIPTION_FILE
+    found = sorted(directory.glob("quant_model_description*.json")) if directory.is_dir() else []
+    if len(found) != 1:
+        what = "no description" if not found else f"{len(found)} descriptions"
+        raise CheckpointError(f"{directory} holds {what} of a quantized model ({DESCRIPTION_FILE})")
+    return found[0]
+
+
+def is_quantized(path: PathLike) -> bool:
+    """Whether a directory holds a description of a quantized model."""
+    root = as_path("path", path)
+    return root.is_dir() and any(root.glob("quant_model_description*.json"))
+
+
+def scheme_of(name: str, kind: str, tensors: Mapping[str, np.ndarray]) -> QuantScheme:
+    """Return the scheme that a type name and the shapes of the tensors of a layer stand for."""
+    text = kind.lower()
+    scale, weight = tensors.get("weight_scale"), tensors.get("weight")
+    if scale is None or weight is None or weight.ndim != 2:
+        raise FormatError(f"{name} has no two-dimensional weight with a weight_scale")
+    if scale.ndim == 1:
+        text += "_tensor"
+    elif scale.shape[1] > 1:
+        text += f"_g{weight.shape[1] // scale.shape[1]}"
+    offset = tensors.get("weight_offset")
+    if offset is not None and offset.any():
+        text += "_asym"
+    return QuantScheme.parse(text)

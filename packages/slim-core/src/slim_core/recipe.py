@@ -1,0 +1,153 @@
+"""Recipes: what to do with a model, as a user writes it in YAML or JSON.
+
+Needs the extra ``recipes`` (pydantic and PyYAML).  Unknown keys are refused::
+
+    scheme: w8a8
+    exclude: ["*.layers.0.mlp.down_proj"]
+    rules:                                # the first pattern that matches decides
+      - {match: "*down_proj", scheme: w8a8_dynamic}
+    smooth: {method: smoothquant, alpha: 0.5}
+    observer: mean_minmax
+    fallback: 2
+    format: ascend_v1
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from slim_core.errors import RecipeError, SlimError
+from slim_core.files import PathLike, check_input_file
+from slim_core.formats import FORMATS
+from slim_core.scheme import QuantScheme
+from slim_core.validate import check_choice
+
+_MAX_BYTES = 1 << 20  # a recipe is a page of text
+
+
+def _parse_scheme(value: Any) -> QuantScheme:
+    if isinstance(value, QuantScheme):
+        return value
+    try:
+        return QuantScheme.parse(value)
+    except SlimError as error:
+        raise ValueError(str(error)) from error
+
+
+def _parse_format(value: Any) -> str:
+    try:
+        return check_choice("format", value, FORMATS)
+    except SlimError as error:
+        raise ValueError(str(error)) from error
+
+
+Scheme = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str)]
+
+
+class ObserverKind(str, Enum):
+    """How the range of a statically quantized activation is found."""
+
+    MEAN_MINMAX = "mean_minmax"  # mean over the samples of their minima and maxima
+    MINMAX = "minmax"  # minimum and maximum over all samples
+    HISTOGRAM = "histogram"  # the range that loses least, searched on a histogram
+    AUTO = "auto"  # histogram unless the range is extreme against the spread
+
+
+class SmoothMethod(str, Enum):
+    """How activation outliers are moved into weights before quantization."""
+
+    SMOOTHQUANT = "smoothquant"  # all channels, arXiv:2211.10438
+    THRESHOLD = "threshold"  # channels beyond a searched threshold, after arXiv:2304.09145
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Rule(_Strict):
+    """A glob over layer names and the scheme of the layers that it matches."""
+
+    match: str = Field(min_length=1)
+    scheme: Scheme
+
+
+class Smooth(_Strict):
+    """Outlier suppression; ``alpha`` is the share of the activation in the migration."""
+
+    method: SmoothMethod = SmoothMethod.SMOOTHQUANT
+    alpha: float = Field(default=0.5, ge=0, le=1)
+
+
+class Recipe(_Strict):
+    """Everything that decides the bytes of the output, but for the model and the data."""
+
+    scheme: Scheme = QuantScheme.parse("w8a8")
+    rules: tuple[Rule, ...] = ()
+    exclude: tuple[str, ...] = ()
+    fallback: int = Field(default=0, ge=0)
+    smooth: Smooth | None = None
+    observer: ObserverKind = ObserverKind.MEAN_MINMAX
+    format: Annotated[str, BeforeValidator(_parse_format)] = "ascend_v1"
+
+    @classmethod
+    def build(cls, **values: Any) -> Recipe:
+        """Return a recipe of keyword arguments.
+
+        Raises
+        ------
+        RecipeError
+            Lists every wrong key and value.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise RecipeError(_explain("the recipe", error)) from error
+
+    @classmethod
+    def load(cls, path: PathLike) -> Recipe:
+        """Read a recipe from a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises
+        ------
+        RecipeError
+            The file is not a mapping or has wrong keys or values; lists all of them.
+        """
+        file = check_input_file(path, max_bytes=_MAX_BYTES)
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{file} is not YAML or JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"{file} must hold a mapping of keys, not {type(content).__name__}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise RecipeError(_explain(str(file), error)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain values."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML."""
+        return str(yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False))
+
+    def schemes(self) -> set[QuantScheme]:
+        """Return every scheme that the recipe names."""
+        return {self.scheme, *(rule.scheme for rule in self.rules)}
+
+
+def _explain(source: str, error: ValidationError) -> str:
+    lines = [f"{source} is not a valid recipe:"]
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key; known are {', '.join(Recipe.model_fields)}"
+        lines.append(f"  - {where}: {message}")
+    return "\n".join(lines)

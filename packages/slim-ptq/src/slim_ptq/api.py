@@ -1,0 +1,233 @@
+"""The modern interface: one call from a model directory to a quantized one."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from slim_core.checkpoint import copy_side_files, open_checkpoint
+from slim_core.errors import PlanError
+from slim_core.export import CheckpointExport
+from slim_core.files import PathLike, check_output_dir, staged_dir, write_bytes
+from slim_core.formats import FORMATS
+from slim_core.plan import Plan
+from slim_core.provenance import provenance
+from slim_core.recipe import Recipe
+from slim_core.report import LayerReport, Report
+from slim_core.validate import check_int
+from slim_core.verify import verify_checkpoint
+from slim_ptq.__about__ import __version__
+from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.devices import torch_device
+from slim_ptq.evaluate import Perplexity
+from slim_ptq.pipeline import plan_with_fallback, run_blockwise, run_weights_only
+from slim_ptq.prepare import Prepared, prepare
+from slim_ptq.quality import evaluate_text
+
+RECIPE_FILE = "slim_recipe.yaml"
+
+_GIB = 1 << 30
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes but on macOS
+
+
+def quantize(
+    model: PathLike,
+    output: PathLike,
+    *,
+    scheme: str | None = None,
+    recipe: Recipe | PathLike | None = None,
+    format: str | None = None,
+    calibration: PathLike | Iterable[str] | CalibrationData | None = None,
+    samples: int = 32,
+    length: int = 512,
+    batch: int = 4,
+    device: str = "cpu",
+    text: PathLike | None = None,
+    overwrite: bool = False,
+    max_shard_gib: int = 4,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Quantize a Hugging Face model directory into a checkpoint directory.
+
+    Schemes without static activations stream through the weight files and build no model.  Others
+    run the model on the calibration data, one decoder block in memory at a time.
+
+    Parameters
+    ----------
+    model : path
+        Directory with ``config.json`` and safetensors or ``.bin`` weights.
+    output : path
+        Directory to make; it appears only when it is complete and verified.
+    scheme : str, optional
+        ``w8a8`` (default), ``w8a8_dynamic``, ``w8a16``, ``w8a16_g128`` ... for all layers.
+    recipe : Recipe or path, optional
+        In the place of ``scheme`` and ``format``: per-layer rules, exclusions, smoothing.
+    format : str, optional
+        ``ascend_v1`` (default), ``safe_tensor`` or ``float``.
+    calibration : path, texts or CalibrationData, optional
+        See :func:`slim_ptq.calibration.text.read_calibration`.
+    samples, length, batch : int
+        At most so many windows of so many tokens, so many at once.
+    device : str
+        ``cpu``, ``cuda:0``, ``npu:0``.
+    text : path, optional
+        Measure the perplexity before and after on this text file.
+    overwrite : bool
+        Replace an output directory that is there.
+    max_shard_gib : int
+        Size of a weight file in GiB.
+    trust_remote_code : bool
+        Run model code that lies in the model directory.
+
+    Returns
+    -------
+    Report
+        Also written into the output, as JSON and HTML.
+
+    Raises
+    ------
+    SlimError
+        See :mod:`slim_core.errors`; everything that can be known beforehand is raised beforehand.
+    """
+    target = check_output_dir(output, overwrite=overwrite)
+    place = torch_device(device)
+    shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
+    clock = _Clock()
+    job = prepare(
+        model,
+        scheme=scheme,
+        recipe=recipe,
+        format=format,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        batch=batch,
+        trust_remote_code=trust_remote_code,
+    )
+    clock.stage("plan")
+    plan = job.plan
+    before = _perplexity(job.checkpoint.path, text, device, trust_remote_code)
+    clock.stage("evaluate float")
+    if job.recipe.fallback and job.data is not None:
+        plan = plan_with_fallback(
+            job.checkpoint, job.inventory, plan, job.recipe.fallback, job.data, place
+        )
+        clock.stage("rank layers")
+    with staged_dir(target, overwrite=overwrite) as staging:
+        export = CheckpointExport(
+            staging,
+            FORMATS[plan.format],
+            model_type=plan.model_type,
+            group_size=plan.group_size,
+            max_shard_bytes=shard if plan.bytes_after > shard else None,
+        )
+        with export:
+            if job.blockwise and job.data is not None:
+                layers = run_blockwise(
+                    job.checkpoint, job.inventory, plan, job.recipe, job.data, export, place
+                )
+            else:
+                layers = run_weights_only(job.checkpoint, job.inventory, plan, export, place)
+            _describe_tied_head(job, export)
+        clock.stage("quantize")
+        copy_side_files(job.checkpoint, staging)
+        _verify(staging, plan)
+        clock.stage("verify")
+        after = _perplexity(staging, text, device, trust_remote_code)
+        clock.stage("evaluate quantized")
+        report = _report(job, plan, layers, staging, before, after, text, clock)
+        report.save(staging)
+        write_bytes(staging / RECIPE_FILE, job.recipe.to_yaml().encode())
+    return report
+
+
+class _Clock:
+    """Seconds of the stages so far."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _describe_tied_head(job: Prepared, export: CheckpointExport) -> None:
+    """Name the tied output head, which engines look up although it is not stored."""
+    model = job.inventory.model
+    head = None if model is None else model.get_output_embeddings()
+    if head is None or model is None:
+        return
+    path = next(path for path, module in model.named_modules() if module is head)
+    name = job.inventory.rename(f"{path}.weight")
+    if name not in job.checkpoint.tensors and job.plan.format != "float":
+        export.describe(name, "FLOAT")
+
+
+def _verify(directory: Path, plan: Plan) -> None:
+    if plan.format == "float":
+        return
+    found = verify_checkpoint(directory)
+    if not found.sound:
+        raise PlanError(found.problems, hint="this is a defect of slim, nothing was written")
+
+
+def _perplexity(
+    directory: Path, text: PathLike | None, device: str, trust_remote_code: bool
+) -> Perplexity | None:
+    if text is None:
+        return None
+    return evaluate_text(directory, text, device=device, trust_remote_code=trust_remote_code)
+
+
+def _report(
+    job: Prepared,
+    plan: Plan,
+    layers: list[LayerReport],
+    staging: Path,
+    before: Perplexity | None,
+    after: Perplexity | None,
+    text: PathLike | None,
+    clock: _Clock,
+) -> Report:
+    order = {layer.name: index for index, layer in enumerate(plan.layers)}
+    report = Report(
+        tool=f"slim-ptq {__version__}",
+        model=job.checkpoint.path.name,
+        scheme=str(job.recipe.scheme),
+        format=plan.format,
+        layers=tuple(sorted(layers, key=lambda layer: order[layer.name])),
+        bytes_before=_weight_bytes(job.checkpoint.path),
+        bytes_after=_weight_bytes(staging),
+        calibration=None if job.data is None else job.data.to_dict(),
+        fallbacks=tuple(
+            (layer.name, layer.reason) for layer in plan.layers if layer.scheme != job.recipe.scheme
+        ),
+        seconds={stage: round(value, 3) for stage, value in clock.seconds.items() if value >= 1e-3},
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        provenance=provenance(
+            ["slim-ptq", "torch", "transformers"],
+            recipe=job.recipe.to_dict(),
+            config=job.checkpoint.config,
+        ),
+    )
+    if before is None or after is None or text is None:
+        return report
+    return replace(
+        report,
+        perplexity_before=before.value,
+        perplexity_after=after.value,
+        perplexity_text=Path(text).name,
+        perplexity_tokens=after.tokens,
+    )
+
+
+def _weight_bytes(directory: Path) -> int:
+    files = {info.file for info in open_checkpoint(directory).tensors.values()}
+    return sum(file.stat().st_size for file in files)

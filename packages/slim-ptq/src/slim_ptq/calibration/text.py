@@ -1,0 +1,201 @@
+"""Calibration text: files and lists to windows of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slim_core.errors import CalibrationError, MissingDependencyError
+from slim_core.files import PathLike, check_input_file
+from slim_core.validate import check_int
+
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationData:
+    """Token windows to calibrate on.
+
+    Parameters
+    ----------
+    batches : tuple of torch.Tensor
+        int64, shape (rows, tokens) each; all tokens are real, nothing is padded.
+    source : str
+        Where the text comes from, for the report.
+    """
+
+    batches: tuple[torch.Tensor, ...]
+    source: str
+
+    @property
+    def rows(self) -> int:
+        """Number of windows."""
+        return sum(batch.shape[0] for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(batch.numel() for batch in self.batches)
+
+    def head(self, rows: int) -> CalibrationData:
+        """Return at most the first ``rows`` windows."""
+        kept: list[torch.Tensor] = []
+        for batch in self.batches:
+            room = rows - sum(part.shape[0] for part in kept)
+            if room > 0:
+                kept.append(batch[:room])
+        return CalibrationData(tuple(kept), self.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the report says of it."""
+        return {"source": self.source, "samples": self.rows, "tokens": self.tokens}
+
+
+def read_calibration(
+    path: PathLike, model_dir: Path, *, samples: int = 32, length: int = 512, batch: int = 4
+) -> CalibrationData:
+    """Read a calibration file and cut it into windows.
+
+    Parameters
+    ----------
+    path : path
+        ``.jsonl`` with ``{"text": ...}``, ``{"messages": [...]}`` (put through the chat template
+        of the tokenizer) or ``{"input_ids": [...]}`` a line, or any other file as plain text.
+    model_dir : Path
+        Where the tokenizer is; not needed for ``input_ids``.
+    samples, length : int
+        At most so many windows of at most so many tokens.  Shorter texts are joined, with the end
+        token of the tokenizer between them.
+    batch : int
+        Windows that go through the model at once.
+
+    Raises
+    ------
+    CalibrationError
+        The file is empty or malformed; names the line.
+    """
+    file = check_input_file(path, max_bytes=_MAX_BYTES)
+    for name, value in (("samples", samples), ("length", length), ("batch", batch)):
+        check_int(name, value, low=1)
+    documents = _read_jsonl(file) if file.suffix == ".jsonl" else [{"text": _decode(file)}]
+    if not documents:
+        raise CalibrationError(f"{file} is empty")
+    ids = _tokenize(documents, model_dir, file, samples * length)
+    return CalibrationData(windows(ids, samples, length, batch), file.name)
+
+
+def windows(ids: Sequence[int], samples: int, length: int, batch: int) -> tuple[torch.Tensor, ...]:
+    """Cut a stream of tokens into batches of equally long windows.
+
+    Raises
+    ------
+    CalibrationError
+        There is less than one token.
+    """
+    if not ids:
+        raise CalibrationError("the calibration data has no tokens")
+    length = min(length, len(ids))
+    count = min(samples, len(ids) // length)
+    table = torch.tensor(ids[: count * length], dtype=torch.long).reshape(count, length)
+    return tuple(table[start : start + batch] for start in range(0, count, batch))
+
+
+def texts_to_calibration(
+    texts: Iterable[str], model_dir: Path, *, samples: int, length: int, batch: int
+) -> CalibrationData:
+    """Cut texts given in memory into windows, as :func:`read_calibration` does with a file."""
+    documents = []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise CalibrationError(f"calibration text {index} must be a non-empty str")
+        documents.append({"text": text})
+    if not documents:
+        raise CalibrationError("the calibration texts are empty")
+    ids = _tokenize(documents, model_dir, "texts", samples * length)
+    return CalibrationData(windows(ids, samples, length, batch), "texts")
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """Return the tokenizer of a model directory.
+
+    Raises
+    ------
+    CalibrationError
+        There is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CalibrationError(
+            f"{model_dir} has no tokenizer that transformers can read: {error}",
+            hint='give token ids instead: lines of {"input_ids": [1, 2, ...]} in a .jsonl file',
+        ) from error
+    except ImportError as error:
+        raise MissingDependencyError(f"the tokenizer of {model_dir} needs {error.name}") from error
+
+
+def _read_jsonl(file: Path) -> list[dict[str, Any]]:
+    documents = []
+    for number, line in enumerate(_decode(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{file}, line {number}: not JSON ({error.msg})") from error
+        known = isinstance(document, dict) and [
+            key for key in ("text", "messages", "input_ids") if document.get(key)
+        ]
+        if not known:
+            raise CalibrationError(
+                f"{file}, line {number}: must be an object with text, messages or input_ids"
+            )
+        documents.append(document)
+    return documents
+
+
+def _decode(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file} is not UTF-8 text: {error.reason}") from error
+
+
+def _tokenize(
+    documents: list[dict[str, Any]], model_dir: Path, source: object, enough: int
+) -> list[int]:
+    """Return one stream of tokens, at least ``enough`` of them if there is so much text."""
+    tokenizer: Any = None
+    ids: list[int] = []
+    for number, document in enumerate(documents, 1):
+        if len(ids) >= enough:
+            break
+        given = document.get("input_ids")
+        if given:
+            if not all(isinstance(token, int) and token >= 0 for token in given):
+                raise CalibrationError(f"{source}, entry {number}: input_ids must be token numbers")
+            ids += given
+            continue
+        tokenizer = tokenizer or load_tokenizer(model_dir)
+        ids += _encode(tokenizer, document, f"{source}, entry {number}")
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def _encode(tokenizer: Any, document: dict[str, Any], where: str) -> list[int]:
+    text = document.get("text")
+    if text is None:
+        if not tokenizer.chat_template:
+            raise CalibrationError(f"{where}: has messages, and the tokenizer no chat template")
+        text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
+    if not isinstance(text, str):
+        raise CalibrationError(f"{where}: text must be str, not {type(text).__name__}")
+    return list(tokenizer(text, add_special_tokens=not document.get("messages")).input_ids)

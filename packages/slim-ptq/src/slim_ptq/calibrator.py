@@ -1,0 +1,277 @@
+"""``Calibrator``: quantize a model that is in memory, in place, and save it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from slim_core.dtypes import FLOAT_NAMES
+from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueError, StructureError
+from slim_core.groups import is_expert
+from slim_core.layers import QuantizedLinear
+from slim_core.logging import get_logger
+from slim_core.matching import match_all
+from slim_core.progress import track
+from slim_core.recipe import ObserverKind
+from slim_core.scheme import FLOAT, QuantScheme
+from slim_core.validate import check_type
+from slim_ptq.calibration.observed import ObservedLinear
+from slim_ptq.calibration.samples import check_samples, feed
+from slim_ptq.config import QuantConfig
+from slim_ptq.fallback import choose_fallback, measure_spread
+from slim_ptq.methods import quantize_minmax
+from slim_ptq.mixed import check_mix, resolve_mix
+from slim_ptq.modules import FakeQuantLinear
+from slim_ptq.observers import Observer, make_observer
+from slim_ptq.save import save_model
+from slim_ptq.structure import bias_of, checkpoint_names, find_linears, unfuse_experts, weight_of
+
+_log = get_logger("ptq")
+
+_OBSERVERS = {1: ObserverKind.MEAN_MINMAX, 2: ObserverKind.HISTOGRAM, 3: ObserverKind.AUTO}
+_SEED = 0  # of the choice which calibration activations are passed on quantized
+
+
+class Calibrator:
+    """Quantizes the linear layers of a model in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face causal language model, or any module with a ``config``.
+    cfg : QuantConfig
+    calib_data : list of list or dict, optional
+        Samples, called as ``model(*sample)`` or ``model(**sample)``.  Types without static
+        activations need none.
+    disable_level : str
+        ``L0``, ``L1``, ...: how many further layers, those with the most extreme input, stay in
+        floating point.  Layers that engines run as one matrix stay together.
+    all_tensors : dict, optional
+        Accepted for compatibility and not used.
+    mix_cfg : dict, optional
+        Layer names or patterns to ``w8a8``, ``w8a16``, ``w8a8_dynamic`` or ``float``.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The model; after :meth:`run` it computes what the deployed model computes.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError, PatternError, CalibrationError, StructureError
+        Before any work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: QuantConfig,
+        calib_data: list[Any] | None = None,
+        disable_level: str = "L0",
+        all_tensors: dict[str, torch.Tensor] | None = None,
+        mix_cfg: dict[str, str] | None = None,
+    ) -> None:
+        self.model = check_type("model", model, nn.Module)
+        self.cfg = check_type("cfg", cfg, QuantConfig)
+        self._samples = check_samples("calib_data", calib_data)
+        level = parse_level(disable_level)
+        if all_tensors is not None:
+            check_type("all_tensors", all_tensors, dict)
+        mix = check_mix(mix_cfg)
+        self._scheme = cfg.scheme()
+        self._dtype = _model_dtype(model)
+        self._done = False
+
+        model.eval()
+        model.to(cfg.device)
+        unfuse_experts(model)
+        self._rename = checkpoint_names(model)
+        self._linears = find_linears(model)
+        if not self._linears:
+            raise StructureError(f"{type(model).__name__} has no linear layer")
+        self._schemes = self._resolve(level, mix)
+        if any(scheme.is_static for scheme in self._schemes.values()) and not self._samples:
+            raise CalibrationError(
+                "calib_data is empty, and static activation quantization needs samples",
+                hint="pass calib_data, or use is_dynamic=True or a_bit=16",
+            )
+
+    def run(self, int_infer: bool = False) -> None:
+        """Quantize; afterwards the model holds quantized layers and still generates text.
+
+        Parameters
+        ----------
+        int_infer : bool
+            Accepted for compatibility: statically quantized layers always multiply integers.
+
+        Raises
+        ------
+        NumericalError
+            A weight or an activation is NaN or infinite; names the layer.
+        CalibrationError
+            No sample reached a layer.
+        """
+        check_type("int_infer", int_infer, bool)
+        if self._done:
+            raise InvalidValueError("the model is quantized already")
+        with torch.no_grad():
+            observed = self._replace_layers()
+            if observed:
+                for _ in feed(self.model, self._samples, "Calibrating"):
+                    pass
+                for name, module in observed.items():
+                    self._put(name, module.finish(self._observer_of(name, observed)))
+        self._done = True
+
+    def save(
+        self,
+        output_path: str,
+        safetensors_name: str | None = None,
+        json_name: str | None = None,
+        save_type: list[str] | None = None,
+        part_file_size: int | None = None,
+    ) -> None:
+        """Write the quantized weights and their description.
+
+        Parameters
+        ----------
+        output_path : str
+            Directory, made with mode 0750 if it does not exist.
+        safetensors_name, json_name : str, optional
+            Names of the files, ending in ``.safetensors`` and ``.json``.
+        save_type : list of str, optional
+            ``safe_tensor`` (default), ``numpy``, ``ascendV1``; the last one is written alone.
+        part_file_size : int, optional
+            Size of a part in GiB; one file if not given.
+
+        Raises
+        ------
+        InvalidValueError
+            Before :meth:`run`, or for a wrong name or value.
+        """
+        if not self._done:
+            raise InvalidValueError("call run() before save()")
+        save_model(
+            self.model,
+            output_path,
+            rename=self._rename,
+            model_type=self.cfg.model_quant_type,
+            group_size=max(self.cfg.group_size, 0),
+            model_dtype=_dtype_name(self._dtype),
+            safetensors_name=safetensors_name,
+            json_name=json_name,
+            save_type=save_type,
+            part_file_size=part_file_size,
+        )
+
+    def _resolve(self, level: int, mix: dict[str, str]) -> dict[str, QuantScheme]:
+        """Return the scheme of every linear layer."""
+        names = list(self._linears)
+        everything = names + _attention_and_conv_names(self.model)
+        disabled = match_all("disable_names", self.cfg.disable_names, everything)
+        floats = {name for hits in disabled.values() for name in hits}
+        if self.cfg.disable_last_linear:
+            floats.add(names[-1])
+        if level and self._samples:
+            spread = measure_spread(self.model, self._linears, self._samples)
+            floats.update(choose_fallback(spread, level, frozenset(floats)))
+        elif level:
+            _log.info("disable_level is taken as L0, since there is no calibration data")
+        mixed = resolve_mix(mix, self.cfg, names)
+        return {name: FLOAT if name in floats else mixed.get(name, self._scheme) for name in names}
+
+    def _replace_layers(self) -> dict[str, ObservedLinear]:
+        """Quantize all weights; return the layers whose input range is still to be found."""
+        generator = torch.Generator().manual_seed(_SEED)
+        observed: dict[str, ObservedLinear] = {}
+        for name, linear in track(list(self._linears.items()), "Quantizing weights"):
+            scheme = self._schemes[name]
+            if scheme.weight is None:
+                continue
+            parts = quantize_minmax(name, weight_of(linear), scheme.weight)
+            layer = QuantizedLinear(
+                name, scheme, *parts, bias=bias_of(linear), model_dtype=_dtype_name(self._dtype)
+            )
+            if scheme.activation is None or scheme.is_dynamic:
+                self._put(name, FakeQuantLinear(layer, self._dtype))
+                continue
+            observed[name] = ObservedLinear(
+                layer,
+                scheme.activation,
+                make_observer(_OBSERVERS[self.cfg.act_method]),
+                dtype=self._dtype,
+                keep=self.cfg.pr,
+                generator=generator,
+            )
+            self._put(name, observed[name])
+        return observed
+
+    def _observer_of(self, name: str, observed: dict[str, ObservedLinear]) -> Observer | None:
+        """Return the observer whose range a layer takes, None for its own.
+
+        An expert that no token was routed to takes that of the same projection of another expert.
+        """
+        if observed[name].observer.samples or not is_expert(name):
+            return None
+        shape = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+        for other, module in observed.items():
+            if (
+                module.observer.samples
+                and re.sub(r"\.experts\.\d+\.", ".experts.*.", other) == shape
+            ):
+                _log.warning("%s saw no token and takes the input range of %s", name, other)
+                return module.observer
+        return None
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, module)
+
+
+def parse_level(disable_level: Any) -> int:
+    """Return the number in ``L<number>``.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        Not a str, or not ``L`` and an integer without leading zeros.
+    """
+    text = check_type("disable_level", disable_level, str)
+    if not re.fullmatch(r"L(0|[1-9]\d*)", text):
+        raise InvalidValueError(f"disable_level must be 'L' and a number, as in 'L5', not {text!r}")
+    return int(text[1:])
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model, which decides how scales are stored."""
+    config = getattr(model, "config", None)
+    declared = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    actual = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if isinstance(declared, str):
+        declared = getattr(torch, declared, None)
+    dtype = declared if isinstance(declared, torch.dtype) else actual
+    if dtype is None or _dtype_name(dtype) not in FLOAT_NAMES:
+        raise InvalidTypeError(f"the model must be one of {', '.join(FLOAT_NAMES)}, not {dtype}")
+    if actual is not None and actual != dtype:
+        _log.warning("the configuration says %s, the parameters are %s", dtype, actual)
+    return dtype
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _without_number(expert: str) -> str:
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", expert)
+
+
+def _attention_and_conv_names(model: nn.Module) -> list[str]:
+    """Return further names that may stand in ``disable_names``; these modules stay as they are."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) or "Attention" in type(module).__name__
+    ]

@@ -1,0 +1,45 @@
+"""From a quantized checkpoint back to an ordinary one."""
+
+from __future__ import annotations
+
+from slim_core.checkpoint import copy_side_files
+from slim_core.errors import FormatError
+from slim_core.export import CheckpointExport
+from slim_core.files import PathLike, check_output_dir, staged_dir
+from slim_core.formats import FORMATS
+from slim_core.progress import track
+from slim_core.quantized import QuantizedCheckpoint
+
+
+def dequantize(path: PathLike, output: PathLike, *, overwrite: bool = False) -> None:
+    """Write the float weights that a quantized checkpoint stands for, in the dtype of its model.
+
+    Parameters
+    ----------
+    path : path
+        Directory in the ``ascend_v1`` or ``safe_tensor`` format.
+    output : path
+        Directory to make, in the layout of Hugging Face.
+
+    Raises
+    ------
+    CheckpointError, FormatError
+        The checkpoint is damaged, or shifts a norm; names the tensor.
+    OutputExistsError
+        The output is there and ``overwrite`` is False.
+    """
+    target = check_output_dir(output, overwrite=overwrite)
+    stored = QuantizedCheckpoint(path)
+    extras = stored.norm_extras
+    for name in extras:
+        if name.endswith(".bias") and stored.checkpoint.load(name).any():
+            raise FormatError(f"{name} shifts a norm, which the float model has no place for")
+    done = {name for layer in stored.layers for name in stored.tensor_names(layer)} | extras
+    with staged_dir(target, overwrite=overwrite) as staging:
+        with CheckpointExport(staging, FORMATS["float"], model_type="FLOAT") as export:
+            for name in track(list(stored.layers), "Dequantizing"):
+                export.add_layer(stored.layer(name))
+            for name in stored.checkpoint.tensors:
+                if name not in done:
+                    export.add_float(name, stored.checkpoint.load(name))
+        copy_side_files(stored.checkpoint, staging)

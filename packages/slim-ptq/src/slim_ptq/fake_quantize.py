@@ -1,0 +1,121 @@
+"""``FakeQuantizeCalibrator``: a saved checkpoint opened again on a float model in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from slim_core.dtypes import float_name
+from slim_core.errors import InvalidTypeError, InvalidValueError
+from slim_core.formats import FORMATS
+from slim_core.quantized import scheme_of
+from slim_core.validate import check_choice, check_int, check_type
+from torch import nn
+
+from slim_ptq.config_rules import DEVICE_TYPES
+from slim_ptq.devices import torch_device
+from slim_ptq.load import as_torch
+from slim_ptq.modules import FakeQuantLinear, on_device
+from slim_ptq.structure import checkpoint_names, find_linears, unfuse_experts
+from slim_ptq.tensors import to_numpy
+
+
+class FakeQuantizeCalibrator:
+    """Puts the quantized layers of a saved checkpoint into a float model.
+
+    The type of each layer is that of its own description entry, so mixed checkpoints work.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The float model that was quantized.
+    dev_id : int or None
+        Index of the device; ignored on cpu.
+    dev_type : str
+        cpu, npu or gpu.
+    description : dict
+        Content of the description file.
+    safetensor : dict of str to torch.Tensor
+        Tensors of the checkpoint by name.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The same model, now computing what the deployed model computes.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError, FormatError
+        An argument is wrong, a layer is not described, or its tensors do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dev_id: int | None,
+        dev_type: str,
+        description: dict[str, str],
+        safetensor: dict[str, torch.Tensor],
+    ) -> None:
+        self.model: Any = check_type("model", model, nn.Module)
+        check_type("description", description, dict)
+        for name, tensor in check_type("safetensor", safetensor, dict).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise InvalidTypeError(
+                    f"safetensor[{name!r}] must be torch.Tensor, not {type(tensor).__name__}"
+                )
+        kind = check_choice("dev_type", dev_type, DEVICE_TYPES)
+        if dev_id is not None:
+            check_int("dev_id", dev_id, low=0)
+        name = "cuda" if kind == "gpu" else kind
+        index = "" if kind == "cpu" or dev_id is None else f":{dev_id}"
+        device = torch_device(f"{name}{index}")
+
+        self.model.eval().to(device)
+        unfuse_experts(self.model)
+        rename = checkpoint_names(self.model)
+        linears = {
+            path: rename(f"{path}.weight").removesuffix(".weight")
+            for path in find_linears(self.model)
+        }
+        lost = [name for name in linears.values() if f"{name}.weight" not in description]
+        if lost:
+            raise InvalidValueError(f"description has no entry {lost[0]}.weight")
+        for path, name in linears.items():
+            self._put(path, name, description, safetensor, device)
+        self._load_floats(rename, description, safetensor)
+
+    def _put(
+        self,
+        path: str,
+        name: str,
+        description: dict[str, str],
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        kind = description[f"{name}.weight"]
+        if kind == "FLOAT":
+            return
+        linear = self.model.get_submodule(path)
+        dtype = linear.weight.dtype
+        local = {
+            key.rpartition(".")[2]: to_numpy(tensor)
+            for key, tensor in tensors.items()
+            if key.rpartition(".")[0] == name
+        }
+        layer = FORMATS["safe_tensor"].decode(
+            name, scheme_of(name, kind, local), local, float_name(dtype)
+        )
+        parent, _, leaf = path.rpartition(".")
+        quantized = FakeQuantLinear(on_device(as_torch(layer), device), dtype)
+        setattr(self.model.get_submodule(parent), leaf, quantized)
+
+    def _load_floats(
+        self, rename: Any, description: dict[str, str], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Take over float tensors: outlier suppression has changed norms and float layers."""
+        for path, parameter in self.model.named_parameters():
+            name = rename(path)
+            if description.get(name) == "FLOAT" and name in tensors:
+                with torch.no_grad():
+                    parameter.copy_(tensors[name])

@@ -1,0 +1,114 @@
+"""Opening models to run them: float ones, and quantized ones as fake-quant models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slim_core.errors import CheckpointError, StructureError
+from slim_core.files import PathLike, as_path
+from slim_core.layers import QuantizedLinear
+from slim_core.quantized import QuantizedCheckpoint, is_quantized
+from slim_ptq.devices import torch_device
+from slim_ptq.loading import empty_model, load_parameters
+from slim_ptq.modules import FakeQuantLinear, on_device
+from slim_ptq.structure import checkpoint_names, find_linears, unfuse_experts
+from slim_ptq.tensors import from_numpy
+
+
+def load_model(path: PathLike, *, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """Return the model of a directory, ready to run and to generate text.
+
+    A quantized directory gives the float model with its quantized layers replaced by
+    :class:`~slim_ptq.modules.FakeQuantLinear`, which compute what an engine computes.  On the CPU
+    everything else is float32, elsewhere the dtype of the model.
+
+    Raises
+    ------
+    CheckpointError, StructureError
+        The directory holds no model that transformers can build, or its tensors do not fit.
+    """
+    root = as_path("path", path)
+    place = torch_device(device)
+    if is_quantized(root):
+        return _load_quantized(root, place, trust_remote_code)
+    return _load_float(root, place, trust_remote_code)
+
+
+def _load_float(root: Path, device: torch.device, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+
+    try:
+        model = factory.from_pretrained(
+            root,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {root}: {error}") from error
+    return model.to(device).eval()
+
+
+def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -> Any:
+    stored = QuantizedCheckpoint(root)
+    model = empty_model(stored.checkpoint, trust_remote_code=trust_remote_code)
+    unfuse_experts(model)
+    rename = checkpoint_names(model)
+    native: torch.dtype = getattr(torch, stored.model_dtype)
+    dtype = torch.float32 if device.type == "cpu" else native
+    left = dict(stored.layers)
+    for path in find_linears(model):
+        name = rename(f"{path}.weight").removesuffix(".weight")
+        if left.pop(name, None) is not None:
+            layer = on_device(as_torch(stored.layer(name)), device)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, FakeQuantLinear(layer, dtype))
+    if left:
+        raise StructureError(f"the model has no layer {next(iter(left))}, which is described")
+    _refuse_norm_bias(stored)
+    tied = _tied_names(model)
+    for path, module in model.named_modules():
+        if path not in tied:
+            load_parameters(
+                module,
+                path,
+                stored.checkpoint,
+                rename,
+                device=device,
+                dtype=dtype,
+                recurse=False,
+            )
+    model.tie_weights()
+    model.config.use_cache = True
+    return model.eval()
+
+
+def as_torch(layer: QuantizedLinear) -> QuantizedLinear:
+    """Return the layer with torch tensors in the place of arrays."""
+    values: dict[str, Any] = {
+        name: from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name in layer.__slots__
+        if (value := getattr(layer, name)) is not None
+    }
+    return QuantizedLinear(**values)
+
+
+def _tied_names(model: Any) -> set[str]:
+    """Return the modules whose only parameter is that of another module."""
+    head = model.get_output_embeddings()
+    if not getattr(model.config, "tie_word_embeddings", False) or head is None:
+        return set()
+    return {path for path, module in model.named_modules() if module is head}
+
+
+def _refuse_norm_bias(stored: QuantizedCheckpoint) -> None:
+    """Require that norms have no shift, which the model class could not hold."""
+    for name in stored.norm_extras:
+        if name.endswith(".bias") and stored.checkpoint.load(name).any():
+            raise StructureError(f"{name} shifts a norm, which the model class cannot do")

@@ -1,0 +1,138 @@
+"""Building models without their weights, and filling in parts of them from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from slim_core.checkpoint import Checkpoint
+from slim_core.errors import CheckpointError, StructureError
+from slim_ptq.tensors import from_numpy
+
+
+def empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """Return the causal language model of a checkpoint with all parameters on the meta device.
+
+    Buffers that the code computes (rotary frequencies) are real.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        A directory with a ``config.json``.
+    trust_remote_code : bool
+        Run model code that lies in the checkpoint directory.
+
+    Raises
+    ------
+    CheckpointError
+        There is no configuration.
+    StructureError
+        transformers cannot build the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    if not checkpoint.config:
+        raise CheckpointError(f"{checkpoint.path} has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        with _parameters_on_meta():
+            model = factory.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
+        raise StructureError(
+            f"transformers cannot build the model of {checkpoint.path}: {error}",
+            hint=None
+            if trust_remote_code
+            else "models with code of their own need trust_remote_code=True (--trust-remote-code)",
+        ) from error
+    model.eval().requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def load_parameters(
+    module: nn.Module,
+    prefix: str,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    recurse: bool = True,
+) -> None:
+    """Replace the meta parameters of a module by those of the checkpoint.
+
+    Parameters
+    ----------
+    prefix : str
+        Name of the module in the model.
+    rename : callable
+        From names in the model to names in the checkpoint.
+    dtype : torch.dtype
+        Of the floating-point parameters afterwards.
+
+    Raises
+    ------
+    CheckpointError
+        A parameter is not in the checkpoint or has another shape there.
+    """
+    for owner_path, owner in module.named_modules() if recurse else [("", module)]:
+        path = ".".join(part for part in (prefix, owner_path) if part)
+        for local, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                name = rename(f"{path}.{local}" if path else local)
+                tensor = _read(checkpoint, name, tuple(parameter.shape))
+                tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                setattr(owner, local, nn.Parameter(tensor, requires_grad=False))
+        for local, buffer in list(owner.named_buffers(recurse=False)):
+            setattr(owner, local, buffer.to(device))
+
+
+def unload_parameters(module: nn.Module) -> None:
+    """Put the parameters of a module back on the meta device, which frees their memory."""
+    for owner in module.modules():
+        for local, parameter in list(owner.named_parameters(recurse=False)):
+            meta = torch.empty_like(parameter, device="meta")
+            setattr(owner, local, nn.Parameter(meta, requires_grad=False))
+
+
+def load_on_use(module: nn.Module, load: Callable[[nn.Module], None]) -> Any:
+    """Load the parameters of a module just before its first call; returns the hook's handle."""
+
+    def hook(called: nn.Module, _inputs: Any) -> None:
+        load(called)
+        handle.remove()
+
+    handle = module.register_forward_pre_hook(hook)
+    return handle
+
+
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = from_numpy(checkpoint.load(name))
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the model wants {shape}")
+    return tensor
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to the meta device as it is registered; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:
+            meta = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+            module._parameters[name] = meta
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,66 @@
+"""Per-layer types of the classic interface (``mix_cfg``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slim_core.errors import InvalidTypeError, InvalidValueError, SlimError
+from slim_core.matching import match_all
+from slim_core.scheme import FLOAT, QuantScheme
+from slim_core.validate import check_choice, check_type
+from slim_ptq.config import QuantConfig
+
+_CHANGES: dict[str, dict[str, Any]] = {
+    "w8a8": {"w_bit": 8, "a_bit": 8, "is_dynamic": False, "w_sym": True},
+    "w8a16": {"w_bit": 8, "a_bit": 16, "is_dynamic": False},
+    "w8a8_dynamic": {"w_bit": 8, "a_bit": 8, "is_dynamic": True, "w_sym": True},
+}
+TARGETS = (*_CHANGES, "float")
+
+
+def check_mix(mix_cfg: Any) -> dict[str, str]:
+    """Require a mapping of layer names or patterns to types; None stands for an empty one."""
+    if mix_cfg is None:
+        return {}
+    if not isinstance(mix_cfg, dict):
+        raise InvalidTypeError(f"mix_cfg must be dict, not {type(mix_cfg).__name__}")
+    for pattern, target in mix_cfg.items():
+        check_type("a key of mix_cfg", pattern, str)
+        check_choice(f"mix_cfg[{pattern!r}]", target, TARGETS)
+    return mix_cfg
+
+
+def resolve_mix(
+    mix_cfg: dict[str, str], config: QuantConfig, names: Sequence[str]
+) -> dict[str, QuantScheme]:
+    """Return the scheme of every layer that ``mix_cfg`` names.
+
+    An exact name comes before any pattern, and an earlier pattern before a later one.
+
+    Raises
+    ------
+    PatternError
+        A key matches no layer.
+    InvalidValueError
+        A type cannot be derived from the configuration.
+    """
+    schemes = {target: _derive(config, target) for target in set(mix_cfg.values())}
+    found = match_all("mix_cfg", list(mix_cfg), names)
+    resolved: dict[str, QuantScheme] = {}
+    for pattern in sorted(mix_cfg, key=lambda key: key not in names):
+        for name in found[pattern]:
+            resolved.setdefault(name, schemes[mix_cfg[pattern]])
+    return resolved
+
+
+def _derive(config: QuantConfig, target: str) -> QuantScheme:
+    if target == "float":
+        return FLOAT
+    try:
+        return config.derive(**_CHANGES[target]).scheme()
+    except SlimError as error:
+        raise InvalidValueError(
+            f"mix_cfg asks for {target!r}, which does not go with the "
+            f"configuration: {error.message}"
+        ) from error

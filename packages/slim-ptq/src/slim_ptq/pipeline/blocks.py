@@ -1,0 +1,162 @@
+"""Running a model block by block, with the weights of one block in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from slim_core.checkpoint import Checkpoint
+from slim_core.errors import NumericalError, StructureError
+from slim_ptq.calibration.capture import (
+    BlockCalls,
+    capture_calls,
+    first_call,
+    output_form,
+)
+from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.inventory import Inventory
+from slim_ptq.loading import load_on_use, load_parameters, unload_parameters
+
+Watch = Callable[[torch.Tensor], None]
+
+
+class BlockRunner:
+    """Feeds calibration data through the decoder blocks of a model on the meta device.
+
+    Parameters
+    ----------
+    checkpoint, inventory
+        The model; ``inventory.model`` must be there.
+    data : CalibrationData
+    device : torch.device
+        On which blocks run; on the CPU they compute in float32.
+
+    Notes
+    -----
+    In memory are the embeddings, one block, and one hidden state a batch.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inventory: Inventory,
+        data: CalibrationData,
+        device: torch.device,
+    ) -> None:
+        if inventory.model is None:
+            raise StructureError("the blocks of a model can run only if its code is known")
+        self._checkpoint = checkpoint
+        self._inventory = inventory
+        self._model = inventory.model
+        self._device = device
+        dtype: torch.dtype = getattr(torch, inventory.model_dtype)
+        self.dtype = torch.float32 if device.type == "cpu" else dtype
+        self._calls = self._capture(data)
+
+    def __len__(self) -> int:
+        return len(self._inventory.blocks)
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Yield a block with its weights, which are freed afterwards."""
+        name = self._inventory.blocks[index]
+        block = self._model.get_submodule(name)
+        self._load(block, name)
+        try:
+            yield block
+        finally:
+            unload_parameters(block)
+
+    def example(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a block for the first batch."""
+        calls = self._calls[0]
+        return (calls.hidden, *calls.args[index]), calls.kwargs[index]
+
+    def look(self, block: nn.Module, index: int) -> None:
+        """Run a block on all batches for what hooks see of it; its outputs are dropped."""
+        with torch.no_grad():
+            for calls in self._calls:
+                calls.run(block, index)
+
+    def advance(self, block: nn.Module, index: int, watches: Mapping[str, Watch]) -> None:
+        """Run a block on all batches; its outputs become the inputs of the next one.
+
+        Parameters
+        ----------
+        watches : mapping
+            Called with the input of the layers of these local names.
+
+        Raises
+        ------
+        NumericalError
+            The output of the block is NaN or infinite.
+        """
+
+        def hook(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _module, inputs: watch(inputs[0])
+
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(hook(watch))
+            for name, watch in watches.items()
+        ]
+        try:
+            with torch.no_grad():
+                for calls in self._calls:
+                    calls.hidden = calls.run(block, index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not all(bool(torch.isfinite(calls.hidden.sum())) for calls in self._calls):
+            raise NumericalError(
+                f"the output of {self._inventory.blocks[index]} is NaN or infinite",
+                hint="the float model itself overflows on this calibration data",
+            )
+
+    def _capture(self, data: CalibrationData) -> list[BlockCalls]:
+        """Run what lies before the blocks, and the first block once to see what it returns."""
+        blocks = self._inventory.blocks
+        handles = self._load_outside_on_use()
+        try:
+            first = data.batches[0].to(self._device)
+            args, kwargs = first_call(self._model, blocks[0], first[:1])
+            with self.loaded(0) as block, torch.no_grad():
+                form = output_form(block(*args, **kwargs))
+            return [
+                capture_calls(self._model, blocks, ids.to(self._device), form)
+                for ids in data.batches
+            ]
+        finally:
+            for handle in handles:
+                handle.remove()
+            for path, module in self._outside():
+                if path:
+                    unload_parameters(module)
+
+    def _load_outside_on_use(self) -> list[Any]:
+        """Make every module outside the blocks read its own parameters when it is first called."""
+
+        def loader(path: str) -> Callable[[nn.Module], None]:
+            return lambda called: self._load(called, path, recurse=False)
+
+        return [load_on_use(module, loader(path)) for path, module in self._outside()]
+
+    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+        inside = tuple(f"{block}." for block in self._inventory.blocks)
+        for path, module in self._model.named_modules():
+            if not path.startswith(inside) and path not in self._inventory.blocks:
+                yield path, module
+
+    def _load(self, module: nn.Module, path: str, *, recurse: bool = True) -> None:
+        load_parameters(
+            module,
+            path,
+            self._checkpoint,
+            self._inventory.rename,
+            device=self._device,
+            dtype=self.dtype,
+            recurse=recurse,
+        )

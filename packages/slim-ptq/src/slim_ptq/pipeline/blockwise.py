@@ -1,0 +1,208 @@
+"""Calibrate and quantize a model one decoder block at a time.
+
+For each block: run it in floating point on all calibration batches while the inputs of its linear
+layers are observed, edit its weights if the recipe asks for outlier suppression, quantize, write,
+free.  The outputs of the float block are the inputs of the next one, so each block runs once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from slim_core.checkpoint import Checkpoint
+from slim_core.export import CheckpointExport
+from slim_core.logging import get_logger
+from slim_core.numerics import check_finite
+from slim_core.plan import LayerPlan, Plan
+from slim_core.progress import track
+from slim_core.recipe import Recipe
+from slim_core.report import LayerReport
+from slim_core.scheme import FLOAT
+from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.fallback import SAMPLES, choose_fallback
+from slim_ptq.inventory import Inventory
+from slim_ptq.observers import SpreadObserver
+from slim_ptq.pipeline.blocks import BlockRunner
+from slim_ptq.pipeline.quantizing import float_report, output_error, quantize_layer, write_layer
+from slim_ptq.pipeline.smoothing import smooth_block
+from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
+from slim_ptq.structure import bias_of, weight_of
+from slim_ptq.tensors import from_numpy, to_numpy
+
+_log = get_logger("ptq")
+
+
+def run_blockwise(
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    plan: Plan,
+    recipe: Recipe,
+    data: CalibrationData,
+    export: CheckpointExport,
+    device: torch.device,
+) -> list[LayerReport]:
+    """Write the quantized checkpoint.
+
+    Raises
+    ------
+    NumericalError
+        A weight or an activation is NaN or infinite; names the layer.
+    CalibrationError
+        No token reached a layer that needs a range.
+    """
+    runner = BlockRunner(checkpoint, inventory, data, device)
+    job = _Job(checkpoint, inventory, plan, recipe, export)
+    for index in track(range(len(runner)), "Quantizing blocks"):
+        with runner.loaded(index) as block:
+            job.block(runner, block, index)
+    job.rest()
+    for reason in job.unsmoothed:
+        _log.warning("not smoothed: %s", reason)
+    return job.reports
+
+
+def plan_with_fallback(
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    plan: Plan,
+    count: int,
+    data: CalibrationData,
+    device: torch.device,
+) -> Plan:
+    """Return the plan with the layers of the most extreme inputs left in floating point."""
+    runner = BlockRunner(checkpoint, inventory, data.head(SAMPLES), device)
+    local_layers = _by_block(inventory, plan)
+    spread: dict[str, float] = {}
+    for index in track(range(len(runner)), "Ranking layers"):
+        layers = local_layers[inventory.blocks[index]]
+        observers = {local: SpreadObserver() for local in layers}
+        with runner.loaded(index) as block:
+            runner.advance(block, index, {name: seen.update for name, seen in observers.items()})
+        spread.update({layers[local].name: seen.value() for local, seen in observers.items()})
+    floats = frozenset(layer.name for layer in plan.layers if layer.scheme.is_float)
+    chosen = set(choose_fallback(spread, count, floats))
+    return replace(
+        plan,
+        layers=tuple(
+            replace(layer, scheme=FLOAT, reason=f"fallback: range_param {spread[layer.name]:.1f}")
+            if layer.name in chosen
+            else layer
+            for layer in plan.layers
+        ),
+    )
+
+
+class _Job:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inventory: Inventory,
+        plan: Plan,
+        recipe: Recipe,
+        export: CheckpointExport,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._inventory = inventory
+        self._plan = plan
+        self._recipe = recipe
+        self._export = export
+        self._layers = _by_block(inventory, plan)
+        self._written: set[str] = set()
+        self.reports: list[LayerReport] = []
+        self.unsmoothed: tuple[str, ...] = ()
+
+    def block(self, runner: BlockRunner, block: nn.Module, index: int) -> None:
+        """Calibrate, quantize and write one block."""
+        path = self._inventory.blocks[index]
+        layers = self._layers[path]
+        quantized = {name: plan for name, plan in layers.items() if not plan.scheme.is_float}
+        self._check_weights(block, layers)
+        if self._recipe.smooth is not None:
+            floats = layers.keys() - quantized.keys()
+            self.unsmoothed += smooth_block(runner, block, index, path, self._recipe.smooth, floats)
+        statistics = block_statistics(quantized, self._recipe.observer)
+        watches = {name: stats.watch for name, stats in first_watchers(statistics).items()}
+        runner.advance(block, index, watches)
+        for local, plan in quantized.items():
+            self._quantize(block.get_submodule(local), plan, statistics[local])
+        self._write_others(block, path, quantized)
+        self.reports += [
+            float_report(plan, self._checkpoint.tensors[f"{plan.name}.weight"].nbytes)
+            for plan in layers.values()
+            if plan.scheme.is_float
+        ]
+
+    def rest(self) -> None:
+        """Copy every tensor that does not belong to a block."""
+        for _, names in self._checkpoint.iter_shards():
+            for name in names:
+                if name not in self._written:
+                    self._export.add_float(name, self._checkpoint.load(name))
+
+    def _check_weights(self, block: nn.Module, layers: dict[str, LayerPlan]) -> None:
+        """Look at the weights before running them, so that the message names the right layer."""
+        for local, plan in layers.items():
+            check_finite(plan.name, "weight", weight_of(block.get_submodule(local)))
+
+    def _quantize(self, linear: nn.Module, plan: LayerPlan, statistics: InputStatistics) -> None:
+        started = time.perf_counter()
+        weight = weight_of(linear)
+        params = None
+        if plan.scheme.activation is not None and statistics.observer is not None:
+            storage: torch.dtype = getattr(torch, self._plan.model_dtype)
+            params = statistics.observer.params(plan.scheme.activation, storage)
+        bias = bias_of(linear)
+        layer, error = quantize_layer(
+            plan,
+            weight,
+            None if bias is None else self._as_stored(f"{plan.name}.bias", bias),
+            model_dtype=self._plan.model_dtype,
+            input_params=params if plan.scheme.is_static else None,
+        )
+        seen = statistics.tokens
+        self.reports.append(
+            write_layer(
+                self._export,
+                plan,
+                layer,
+                bytes_before=self._checkpoint.tensors[f"{plan.name}.weight"].nbytes,
+                weight_error=error,
+                output_error=None if seen is None else output_error(layer, weight, seen),
+                started=started,
+            )
+        )
+        self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))
+
+    def _write_others(self, block: nn.Module, path: str, quantized: Iterable[str]) -> None:
+        """Write the parameters of a block that stay in floating point, as they are now."""
+        done = tuple(f"{name}." for name in quantized)
+        for local, parameter in block.named_parameters():
+            name = self._inventory.rename(f"{path}.{local}")
+            if not local.startswith(done):
+                self._export.add_float(name, to_numpy(self._as_stored(name, parameter)))
+                self._written.add(name)
+
+    def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor in the dtype that it has in the checkpoint."""
+        stored = self._checkpoint.tensors.get(name)
+        if stored is None:
+            return tensor.to(getattr(torch, self._plan.model_dtype))
+        return tensor.to(from_numpy(np.empty(0, stored.dtype)).dtype)
+
+
+def _by_block(inventory: Inventory, plan: Plan) -> dict[str, dict[str, LayerPlan]]:
+    """Return the planned layers of each block by their local module names."""
+    layers: dict[str, dict[str, LayerPlan]] = {block: {} for block in inventory.blocks}
+    for layer in plan.layers:
+        module = inventory.modules[layer.name]
+        block = next(name for name in inventory.blocks if module.startswith(f"{name}."))
+        layers[block][module.removeprefix(f"{block}.")] = layer
+    return layers

@@ -1,0 +1,62 @@
+"""Quantize weights tensor by tensor as they stream from shard to shard; no model is built."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from slim_core.checkpoint import Checkpoint
+from slim_core.export import CheckpointExport
+from slim_core.plan import Plan
+from slim_core.progress import track
+from slim_core.report import LayerReport
+from slim_ptq.inventory import Inventory
+from slim_ptq.pipeline.quantizing import float_report, quantize_layer, read_bias, write_layer
+from slim_ptq.tensors import from_numpy
+
+
+def run_weights_only(
+    checkpoint: Checkpoint,
+    inventory: Inventory,
+    plan: Plan,
+    export: CheckpointExport,
+    device: torch.device,
+) -> list[LayerReport]:
+    """Write the quantized checkpoint; holds one tensor at a time.
+
+    Raises
+    ------
+    NumericalError
+        A weight has NaN or infinite elements; names the layer.
+    """
+    layers = {f"{layer.name}.weight": layer for layer in plan.layers}
+    biases = {f"{name}.bias" for name in plan.quantized}
+    reports: list[LayerReport] = []
+    names = [name for _, shard in checkpoint.iter_shards() for name in shard if name not in biases]
+    for name in track(names, "Quantizing weights"):
+        layer = layers.get(name)
+        started = time.perf_counter()
+        array = checkpoint.load(name)
+        if layer is None or layer.scheme.is_float:
+            export.add_float(name, array)
+            if layer is not None:
+                reports.append(float_report(layer, array.nbytes))
+            continue
+        weight = from_numpy(array).to(device)
+        if layer.name in inventory.transposed:
+            weight = weight.T
+        bias = read_bias(checkpoint, layer.name)
+        quantized, error = quantize_layer(layer, weight, bias, model_dtype=plan.model_dtype)
+        reports.append(
+            write_layer(
+                export,
+                layer,
+                quantized,
+                bytes_before=array.nbytes,
+                weight_error=error,
+                output_error=None,
+                started=started,
+            )
+        )
+    return reports

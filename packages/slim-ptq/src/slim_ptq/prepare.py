@@ -1,0 +1,111 @@
+"""Checking a job before any work: the recipe, the headers, the data, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slim_core.checkpoint import Checkpoint, open_checkpoint
+from slim_core.errors import PlanError, RecipeError, StructureError
+from slim_core.files import PathLike, as_path
+from slim_core.formats import FORMATS
+from slim_core.logging import get_logger
+from slim_core.plan import Plan, build_plan
+from slim_core.recipe import Recipe
+from slim_ptq.calibration.text import CalibrationData, read_calibration, texts_to_calibration
+from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
+
+_log = get_logger("ptq")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job of which everything has been checked and nothing done."""
+
+    checkpoint: Checkpoint
+    inventory: Inventory
+    recipe: Recipe
+    plan: Plan
+    data: CalibrationData | None
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the model has to run."""
+        recipe = self.recipe
+        return self.plan.needs_calibration or bool(recipe.fallback) or recipe.smooth is not None
+
+
+def prepare(
+    model: PathLike,
+    *,
+    scheme: str | None = None,
+    recipe: Recipe | PathLike | None = None,
+    format: str | None = None,
+    calibration: PathLike | Iterable[str] | CalibrationData | None = None,
+    samples: int = 32,
+    length: int = 512,
+    batch: int = 4,
+    plan_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Check everything about a job, from headers alone, and plan it.
+
+    Parameters are those of :func:`slim_ptq.api.quantize`; ``plan_only`` goes on without the
+    calibration data that the job would need.
+
+    Raises
+    ------
+    SlimError
+        Whatever is wrong; a :class:`~slim_core.errors.PlanError` lists all problems of the layers.
+    """
+    directory = as_path("model", model)
+    resolved = _resolve_recipe(scheme, recipe, format)
+    checkpoint = open_checkpoint(directory)
+    try:
+        inventory = take_inventory(checkpoint, trust_remote_code=trust_remote_code)
+    except StructureError as error:
+        if resolved.scheme.is_static or resolved.fallback or resolved.smooth is not None:
+            raise
+        inventory = inventory_by_names(checkpoint)
+        _log.warning("linear layers are found by their names: %s", error.message)
+    data = _calibration(calibration, directory, samples=samples, length=length, batch=batch)
+    plan = build_plan(
+        inventory.linears,
+        resolved,
+        FORMATS[resolved.format],
+        model_dtype=inventory.model_dtype,
+        bytes_before=checkpoint.nbytes,
+        calibrated=data is not None or plan_only,
+    )
+    job = Prepared(checkpoint, inventory, resolved, plan, data)
+    if job.blockwise and data is None and not plan_only:
+        raise PlanError(["fallback and smoothing need calibration data, and there is none"])
+    if job.blockwise and inventory.model is None:
+        raise PlanError(["the model has to run, and transformers does not know it"])
+    return job
+
+
+def _resolve_recipe(
+    scheme: str | None, recipe: Recipe | PathLike | None, form: str | None
+) -> Recipe:
+    if recipe is None:
+        values = {"scheme": scheme, "format": form}
+        return Recipe.build(**{key: value for key, value in values.items() if value is not None})
+    if scheme is not None:
+        raise RecipeError("give either a scheme or a recipe, not both")
+    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if form is None:
+        return resolved
+    return Recipe.build(**{**dict(resolved), "format": form})
+
+
+def _calibration(
+    source: Any, directory: Path, *, samples: int, length: int, batch: int
+) -> CalibrationData | None:
+    if source is None or isinstance(source, CalibrationData):
+        return source
+    if isinstance(source, (str, Path)):
+        return read_calibration(source, directory, samples=samples, length=length, batch=batch)
+    return texts_to_calibration(source, directory, samples=samples, length=length, batch=batch)

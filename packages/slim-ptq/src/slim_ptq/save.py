@@ -1,0 +1,169 @@
+"""Saving a model that holds quantized layers, under the file names of the classic interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from slim_core.errors import InvalidTypeError, InvalidValueError
+from slim_core.export import CheckpointExport
+from slim_core.files import as_path, make_dir
+from slim_core.formats import FORMATS, NpyWriter
+from slim_core.layers import QuantizedLinear
+from slim_core.logging import get_logger
+from slim_core.quantized import ADDED_NORM_BIAS
+from slim_core.validate import check_choice, check_int, check_str_list, check_type
+from slim_ptq.modules import FakeQuantLinear
+from slim_ptq.tensors import from_numpy, to_numpy
+from slim_ptq.transforms import smoothed_norms
+
+_log = get_logger("ptq")
+
+SAVE_TYPES = {"safe_tensor": "safe_tensor", "ascendV1": "ascend_v1", "numpy": "npy"}
+_GIB = 1 << 30
+
+
+class FloatTensor(NamedTuple):
+    """A tensor that is not quantized; ``tensor`` is None where another name holds it."""
+
+    name: str
+    tensor: torch.Tensor | None
+    is_copy: bool = False  # one of the entries that tell MindIE of a smoothed norm
+    is_added: bool = False  # a bias of zeros that the model does not have
+
+
+def save_model(
+    model: nn.Module,
+    output_path: Any,
+    *,
+    rename: Callable[[str], str],
+    model_type: str,
+    group_size: int,
+    model_dtype: str,
+    safetensors_name: str | None,
+    json_name: str | None,
+    save_type: list[str] | None,
+    part_file_size: int | None,
+) -> None:
+    """Write the model in each of the save types; see :meth:`slim_ptq.Calibrator.save`."""
+    if not isinstance(output_path, str):
+        raise InvalidTypeError(f"output_path must be str, not {type(output_path).__name__}")
+    formats = _formats(save_type)
+    weight_file = _file_name("safetensors_name", safetensors_name, ".safetensors")
+    description_file = _file_name("json_name", json_name, ".json")
+    if part_file_size is not None:
+        check_int("part_file_size", part_file_size, low=1)
+    directory = make_dir(as_path("output_path", output_path))
+    for name in formats:
+        if name == "npy":
+            _save_npy(model, rename, directory)
+            continue
+        export = CheckpointExport(
+            directory,
+            FORMATS[name],
+            model_type=model_type,
+            group_size=group_size,
+            weight_file=weight_file and weight_file.removesuffix(".safetensors"),
+            description_file=description_file,
+            max_shard_bytes=part_file_size and part_file_size * _GIB,
+        )
+        with export:
+            _export(model, rename, export, copies=name == "safe_tensor", model_type=model_type)
+
+
+def iter_tensors(
+    model: nn.Module, rename: Callable[[str], str], *, copies: bool
+) -> Iterator[QuantizedLinear | FloatTensor]:
+    """Yield every layer and tensor of a model under its name in a checkpoint.
+
+    Parameters
+    ----------
+    rename : callable
+        From names in the model to names in the checkpoint.
+    copies : bool
+        Give each smoothed norm the ``.module`` entries of the ``safe_tensor`` layout.
+    """
+    smoothed = smoothed_norms(model)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear):
+            yield module.layer(rename(f"{path}.weight").removesuffix(".weight"))
+            continue
+        for local, parameter in module.named_parameters(prefix=path, recurse=False):
+            known = id(parameter) in seen
+            seen.add(id(parameter))
+            yield FloatTensor(rename(local), None if known else parameter)
+        if path in smoothed:
+            yield from _norm_entries(
+                rename(f"{path}.weight").removesuffix(".weight"), module, copies
+            )
+
+
+def _norm_entries(name: str, norm: nn.Module, copies: bool) -> Iterator[FloatTensor]:
+    """Yield what engines want to see of a norm whose weight was smoothed."""
+    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+    bias: torch.Tensor | None = getattr(norm, "bias", None)
+    if bias is None:
+        bias = torch.zeros_like(weight)
+        yield FloatTensor(f"{name}.bias", bias, is_added=True)
+    if copies:
+        yield FloatTensor(f"{name}.module.weight", weight, is_copy=True)
+        yield FloatTensor(f"{name}.module.bias", bias, is_copy=True)
+
+
+def _export(
+    model: nn.Module,
+    rename: Callable[[str], str],
+    export: CheckpointExport,
+    *,
+    copies: bool,
+    model_type: str,
+) -> None:
+    added: list[str] = []
+    for item in iter_tensors(model, rename, copies=copies):
+        if isinstance(item, QuantizedLinear):
+            export.add_layer(item)
+        elif item.tensor is None:
+            export.describe(item.name, "FLOAT")  # tied: engines look the name up all the same
+        else:
+            kind = model_type if item.is_copy else "FLOAT"
+            export.add_float(item.name, to_numpy(item.tensor), kind)
+            if item.is_added:
+                added.append(item.name)
+    if added and not copies:
+        export.describe("metadata", {ADDED_NORM_BIAS: added})
+
+
+def _save_npy(model: nn.Module, rename: Callable[[str], str], directory: Path) -> None:
+    writer = NpyWriter(directory, convert=from_numpy)
+    form = FORMATS["safe_tensor"]
+    for item in iter_tensors(model, rename, copies=True):
+        if isinstance(item, QuantizedLinear):
+            writer.add(item.name, form.encode(item))
+        elif item.tensor is not None:
+            layer, _, local = item.name.rpartition(".")
+            writer.add(layer, {local: to_numpy(item.tensor)})
+    writer.close()
+
+
+def _formats(save_type: Any) -> list[str]:
+    names = check_str_list("save_type", save_type) if save_type is not None else []
+    for name in names:
+        check_choice("save_type", name, SAVE_TYPES)
+    if "ascendV1" in names and len(set(names)) > 1:
+        _log.warning("save_type: ascendV1 is written alone, the others are left out")
+        names = ["ascendV1"]
+    return [SAVE_TYPES[name] for name in dict.fromkeys(names or ["safe_tensor"])]
+
+
+def _file_name(parameter: str, value: Any, suffix: str) -> str | None:
+    if value is None:
+        return None
+    name = check_type(parameter, value, str)
+    if not name.endswith(suffix) or Path(name).name != name:
+        raise InvalidValueError(f"{parameter} must be a file name ending in {suffix}, not {name!r}")
+    return name
