@@ -173,11 +173,11 @@ def test_failed_save_leaves_the_old_report(tmp_path, monkeypatch):
     [
         (format_bytes(0), "0 B"),
         (format_bytes(1023), "1023 B"),
-        (format_bytes(1024), "1 KiB"),
+        (format_bytes(1024), "1.00 KiB"),
         (format_bytes(2_529_608), "2.41 MiB"),
-        (format_bytes(1023 * 1024), "0.999 MiB"),
+        (format_bytes(1023 * 1024), "1.00 MiB"),
         (format_bytes(140 << 30), "140 GiB"),
-        (format_bytes(5000 << 40), "5e+03 TiB"),
+        (format_bytes(5000 << 40), "5000 TiB"),
         (format_error(None), "-"),
         (format_error(0.0), "0 %"),
         (format_error(0.00734), "0.734 %"),
@@ -234,7 +234,7 @@ def test_console_summary_in_a_pipe():
         "layers      2 W8A8, 1 FLOAT",
         "size        2.93 KiB -> 1.95 KiB, 1.50x smaller",
         "perplexity  24 -> 24.12 (+0.50 %) on eval.txt, 19,418 tokens",
-        "time        1 min 15 s, peak memory 1 GiB",
+        "time        1 min 15 s, peak memory 1.00 GiB",
     ]
     assert "Layers with the largest output error" in lines
     assert any(re.fullmatch(r"a\.0\.q_proj +W8A8 +1\.00 % +2\.00 %", line) for line in lines)
@@ -333,6 +333,13 @@ def test_page_needs_nothing_from_outside():
     assert "default-src 'none'" in page
     for word in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link"):
         assert word not in page
+
+
+def test_nested_facts_are_phrases():
+    full = report(provenance={"packages": {"numpy": "2.1", "torch": "2.13"}, "argv": ["a", "b"]})
+    texts = texts_of(render_html(full))
+    assert "numpy 2.1, torch 2.13" in texts
+    assert "a, b" in texts
 
 
 def test_names_are_escaped_everywhere():

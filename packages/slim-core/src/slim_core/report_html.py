@@ -182,7 +182,15 @@ def _facts(title: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
     rows = "".join(
-        f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>"
+        f"<tr><th>{escape(str(key))}</th><td>{escape(_phrase(value))}</td></tr>"
         for key, value in values.items()
     )
     return f"<section><h2>{title}</h2><table class=facts>{rows}</table></section>"
+
+
+def _phrase(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_phrase(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_phrase(item) for item in value)
+    return str(value)

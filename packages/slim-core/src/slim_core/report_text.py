@@ -22,7 +22,8 @@ def format_bytes(count: int) -> str:
     while abs(value) >= 1000 and len(units) > 1:
         value /= 1024
         units.pop(0)
-    return f"{value:.3g} {units[0]}"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {units[0]}"
 
 
 def format_error(error: float | None) -> str:
