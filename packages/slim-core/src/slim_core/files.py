@@ -8,8 +8,10 @@ final name.
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -41,14 +43,15 @@ def check_input_file(path: PathLike, *, max_bytes: int | None = None) -> Path:
     """Return the path if it is a regular file that nobody else can have tampered with.
 
     A symbolic link is followed (model caches are made of them) and the file it leads to is
-    checked.  Others than the owner must not be able to write it.
+    checked.  Others than the owner must not be able to write it; a group that has the owner as its
+    only member, as every user has on Ubuntu, is not others.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     FileSecurityError
-        Not a regular file, a dangling link, writable by group or others, or over ``max_bytes``.
+        Not a regular file, a dangling link, writable by others, or over ``max_bytes``.
     """
     file = as_path("path", path)
     if not file.exists():
@@ -58,7 +61,7 @@ def check_input_file(path: PathLike, *, max_bytes: int | None = None) -> Path:
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
         raise FileSecurityError(f"{file} is not a regular file")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if _others_can_write(status):
         raise FileSecurityError(
             f"{file} can be written by others (mode {stat.S_IMODE(status.st_mode):04o})",
             hint=f"chmod go-w {file}",
@@ -66,6 +69,23 @@ def check_input_file(path: PathLike, *, max_bytes: int | None = None) -> Path:
     if max_bytes is not None and status.st_size > max_bytes:
         raise FileSecurityError(f"{file} has {status.st_size} bytes, more than {max_bytes}")
     return file
+
+
+def _others_can_write(status: os.stat_result) -> bool:
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_private_group(status)
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether the group of a file was made for its owner alone (same number, no other member)."""
+    if status.st_uid == 0 or status.st_uid != status.st_gid:
+        return False
+    try:
+        members = grp.getgrgid(status.st_gid).gr_mem
+        return set(members) <= {pwd.getpwuid(status.st_uid).pw_name}
+    except KeyError:  # a user or group without a name, as in containers, has no members
+        return True
 
 
 def read_into(path: Path, start: int, target: memoryview) -> None:
@@ -100,19 +120,26 @@ def atomic_write(path: PathLike, mode: int = MODE_PRIVATE) -> Iterator[IO[bytes]
 
     The bytes go to a temporary file beside it, which is flushed to disk and renamed when the block
     ends, and removed when the block raises: a file that was there before stays as it was.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; names ``path``.
     """
     final = as_path("path", path)
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    temporary = _beside(final, "tmp")
     try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w+b") as stream:
             yield stream
             stream.flush()
             os.fchmod(stream.fileno(), mode)
             os.fsync(stream.fileno())
         temporary.replace(final)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not _names_another(error, temporary):
+            raise OSError(error.errno, error.strerror, str(final)) from error
         raise
     sync_dir(final.parent)
 
@@ -140,17 +167,16 @@ def staged_dir(path: PathLike, *, overwrite: bool = False, mode: int = MODE_DIR)
     OutputExistsError
         ``path`` is a file, or a directory with something in it and ``overwrite`` is False.
     """
-    final = as_path("path", path)
-    check_output_dir(final, overwrite=overwrite)
+    # Resolved: a path like "." has no name to put a temporary directory beside.
+    final = check_output_dir(path, overwrite=overwrite).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    temporary = final.with_name(f".{final.name}.{token}.tmp")
+    temporary = _beside(final, "tmp")
     temporary.mkdir()
     try:
         yield temporary
         temporary.chmod(mode)
         sync_dir(temporary)
-        _swap_in(temporary, final, token)
+        _swap_in(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -192,12 +218,21 @@ def sync_dir(path: PathLike) -> None:
         os.close(descriptor)
 
 
-def _swap_in(temporary: Path, final: Path, token: str) -> None:
+def _names_another(error: OSError, file: Path) -> bool:
+    return error.filename is not None and str(error.filename) != str(file)
+
+
+def _beside(final: Path, suffix: str) -> Path:
+    """Return a hidden name in the same directory; a file name can have 255 bytes."""
+    return final.with_name(f".{final.name[:60]}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _swap_in(temporary: Path, final: Path) -> None:
     """Rename ``temporary`` to ``final``; what stood there is put back if that fails."""
     if not final.exists():
         temporary.rename(final)
         return
-    previous = final.with_name(f".{final.name}.{token}.old")
+    previous = _beside(final, "old")
     final.rename(previous)
     try:
         temporary.rename(final)
