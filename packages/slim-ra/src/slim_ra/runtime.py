@@ -1,0 +1,143 @@
+"""Setting a model up for RazorCache, and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from slim_core.errors import StructureError
+from slim_core.files import PathLike
+from slim_ra.alibi import Family, alibi_modules
+from slim_ra.attention import NAME, razor_attention, razor_mask
+from slim_ra.cache import RazorCache, enabled
+from slim_ra.geometry import position_encoding, require_decoder, text_config
+from slim_ra.layer import RazorLayer
+from slim_ra.observe import attention_implementation, replaced, uses_interface
+from slim_ra.policy import RazorPolicy
+
+_undo: dict[int, contextlib.ExitStack] = {}
+
+
+def enable(model: Any) -> None:
+    """Let the model attend through a :class:`RazorCache` when it is given one.
+
+    Without one it works as before.  Enabling twice changes nothing.
+
+    Raises
+    ------
+    StructureError
+        The model has neither rotary nor ALiBi positions, or computes attention in a way that
+        cannot be led through the cache.
+    """
+    if id(model) in _undo:
+        return
+    require_decoder(model)
+    encoding = position_encoding(model)
+    if encoding is None:
+        raise StructureError(
+            f"{type(model).__name__} has neither rotary nor ALiBi position encoding",
+            hint="RazorAttention is defined for these two only",
+        )
+    with contextlib.ExitStack() as stack:
+        if encoding == "alibi":
+            for module, family in alibi_modules(model):
+                forward = _alibi_forward(module, family, module.forward)
+                stack.enter_context(replaced(module, "forward", forward))
+        elif uses_interface(model):
+            _register()
+            stack.enter_context(attention_implementation(model, NAME))
+        else:
+            raise StructureError(
+                f"{type(model).__name__} does not use the attention interface of transformers"
+            )
+        config = text_config(model.config)
+        enabled[id(config)] = config
+        stack.callback(enabled.pop, id(config), None)
+        _undo[id(model)] = stack.pop_all()
+
+
+def disable(model: Any) -> None:
+    """Put the model back as it was before :func:`enable`."""
+    stack = _undo.pop(id(model), None)
+    if stack is not None:
+        stack.close()
+
+
+@contextlib.contextmanager
+def razor(
+    model: Any, policy: RazorPolicy | PathLike, *, mode: str = "incremental", **options: Any
+) -> Iterator[Callable[[], RazorCache]]:
+    """Enable the model in a block and hand out caches for it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    policy : RazorPolicy or path
+        A policy, or a ``win.pt`` (or another dialect) to make one from with ``options``.
+    mode : {"incremental", "prefill"}
+        See :class:`RazorCache`.
+
+    Yields
+    ------
+    callable
+        Makes a fresh cache.
+
+    Examples
+    --------
+    >>> with razor(model, "win.pt") as new_cache:  # doctest: +SKIP
+    ...     model.generate(ids, past_key_values=new_cache(), max_new_tokens=64)
+    """
+    if not isinstance(policy, RazorPolicy):
+        policy = RazorPolicy.from_file(policy, model.config, **options)
+    elif options:
+        raise TypeError(f"{', '.join(options)} can only be given along with a file")
+    fixed = policy
+    was_enabled = id(model) in _undo
+    enable(model)
+    try:
+        yield lambda: RazorCache(model.config, fixed, mode=mode)
+    finally:
+        if not was_enabled:
+            disable(model)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, razor_attention)
+    # Without a mask function of the same name transformers would drop padding without a word.
+    AttentionMaskInterface.register(NAME, razor_mask)
+
+
+def _alibi_forward(module: Any, family: Family, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the forward of one ALiBi attention module that knows RazorCache."""
+    slopes = family.slopes(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = family.call(module, args, kwargs)
+        if not isinstance(call.cache, RazorCache):
+            return original(*args, **kwargs)
+        layer: RazorLayer = call.cache.layers[module.layer_idx]
+        policy = call.cache.policy
+        if policy.compensation == "mean" and policy.geometry.group > 1:
+            raise StructureError(
+                "compensation needs one ALiBi slope a KV head, but query heads share them here",
+                hint="use compensation='none'",
+            )
+        layer.slopes = slopes if policy.geometry.group == 1 else slopes.new_zeros(len(slopes))
+        query, key, value = family.project(call)
+        pads = _alibi_padding(family, call, layer.seen)
+        layer.update(key, value)
+        columns = family.columns(call, layer.seen + key.shape[2])
+        output = layer.attend(query, scale=family.scale(module), pads=pads, columns=columns)
+        context: Tensor = output.transpose(1, 2).flatten(2)
+        return family.finish(call, context)
+
+    return forward
+
+
+def _alibi_padding(family: Family, call: Any, seen: int) -> Tensor | None:
+    return None if seen else family.padding(call)
