@@ -127,6 +127,11 @@ def test_an_ambiguous_directory_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"a\.safetensors, b\.safetensors"):
         open_checkpoint(tmp_path)
     assert_same(open_checkpoint(tmp_path / "a.safetensors"))
+    save_index(tmp_path, dict.fromkeys(TENSORS, "a.safetensors"), "a")
+    assert_same(open_checkpoint(tmp_path))
+    save_index(tmp_path, dict.fromkeys(TENSORS, "b.safetensors"), "b")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors\.index\.json, b\.safetensors"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -319,6 +324,12 @@ def test_config_and_side_files(sharded, tmp_path_factory):
         "torch_dtype": "bfloat16",
     }
     assert checkpoint.config == config
+
+
+def test_a_model_without_config_gets_none(sharded, tmp_path_factory):
+    target = tmp_path_factory.mktemp("out")
+    assert copy_side_files(open_checkpoint(sharded), target) == []
+    assert copy_side_files(open_checkpoint(sharded), target, {"a": 1}) == [target / "config.json"]
 
 
 def test_side_files_are_not_copied_onto_themselves(sharded):

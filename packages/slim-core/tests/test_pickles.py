@@ -199,6 +199,11 @@ def test_plain_arrays(tmp_path):
         load_npy_dict(tmp_path / "x.npy")
     with pytest.raises(CheckpointError, match=r"objects[^\n]*\n.*load_npy_dict"):
         load_npy(save_npy(tmp_path / "d.npy", {}))
+    whole = (tmp_path / "x.npy").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "x.npy").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"x\.npy"):
+            load_npy(tmp_path / "x.npy")
 
 
 def test_everything_that_torch_writes(tmp_path):
@@ -320,12 +325,25 @@ def test_the_stand_ins_cannot_be_changed(tmp_path, golden, name, state):
     assert_same(load_npy_dict(golden / "torch_dict.npy"), TENSORS)
 
 
+@pytest.mark.parametrize("ending", [b"", b"K\x00)\x29\x89}tR"])
+def test_storages_and_tensors_cannot_be_changed(tmp_path, ending):
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x00\x00\x00\x00K\x01tQ"
+    )
+    start = b"ctorch._utils\n_rebuild_tensor_v2\n(" if ending else b""
+    program = b"\x80\x02" + start + storage + ending + b"}b."
+    with pytest.raises(CheckpointError, match=r"the state of a (storage|tensor) cannot be set"):
+        load_torch_file(zip_of_pickle(tmp_path / "x.bin", program, {"data/0": b"\0" * 4}))
+
+
 @pytest.mark.parametrize(
     "program",
     [
         b"\x80\x04cnumpy\ndtype\n(X\x05\x00\x00\x00f4,f4K\x00K\x01tR.",
         b"\x80\x04cnumpy\ndtype\n(X\x02\x00\x00\x00f4K\x00K\x01tR(K\x03X\x01\x00\x00\x00Xtb.",
         b"\x80\x04cnumpy\ndtype\n(X\x01\x00\x00\x00MtR.",
+        b"\x80\x04ctorch.storage\n_load_from_bytes\n(K\x01tR.",
+        b"\x80\x04cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x01\x00\x00\x00OtRC\x00tR.",
         b"\x80\x04cnumpy\ndtype\n(NtR.",
         b"\x80\x04cnumpy.core.multiarray\nscalar\n(K\x01K\x01tR.",
         b"\x80\x04cnumpy\nndarray\n(K\x01tR.",
@@ -459,6 +477,23 @@ def test_a_hand_made_archive_loads(tmp_path):
             storage_program(4, 0, b"K\x04\x85", b"K\x01\x85"),
             {"data/0": FOUR, "byteorder": b"big"},
             "big-endian",
+        ),
+        (
+            storage_program(4, 0, b"K\x04\x85", b"K\x01\x85")[:-2]
+            + storage_program(2, 0, b"K\x02\x85", b"K\x01\x85")[3:-1].replace(b"w", b"v")
+            + b"u.",
+            {"data/0": FOUR},
+            "two sizes",
+        ),
+        (
+            b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00))\x89}tRs.",
+            {},
+            "form that is not supported",
+        ),
+        (
+            b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v3\n(K\x01K\x00))\x89}K\x01tRs.",
+            {},
+            "form that is not supported",
         ),
         (b"\x80\x02}.", {"extra/data.pkl": b""}, None),
         (b"\x80\x02]X\x01\x00\x00\x00aa.", {}, "holds a list"),

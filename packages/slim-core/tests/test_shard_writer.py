@@ -32,6 +32,7 @@ DTYPES = [
     np.bool_,
 ]
 MIB = 1 << 20
+FAILING = {"copyfileobj": "shutil.copyfileobj", "fsync": "os.fsync"}
 
 
 def write(
@@ -265,6 +266,22 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, limit):
     """
     out = run_python(code, str(tmp_path))
     assert out.split() == [str(errno.EFBIG), str(tmp_path / "m.safetensors")]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("failing", ["copyfileobj", "fsync"])
+def test_a_failure_at_the_end_leaves_nothing_behind(tmp_path, monkeypatch, failing, error):
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr(part, "BUFFER_BYTES", 0)
+    monkeypatch.setattr(part, "HEADER_ROOM", 8)  # the data must be copied behind the header
+    writer = ShardWriter(tmp_path, "m")
+    writer.add("x", np.zeros(100))
+    monkeypatch.setattr(f"slim_core.checkpoint.part.{FAILING[failing]}", fail)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        writer.close()
     assert list(tmp_path.iterdir()) == []
 
 

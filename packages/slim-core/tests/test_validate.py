@@ -56,6 +56,8 @@ def test_floats():
         check_float("x", float("nan"))
     with pytest.raises(InvalidValueError, match=r"in \[0, 1\], not inf"):
         check_float("x", float("inf"), low=0, high=1)
+    with pytest.raises(InvalidValueError, match="x is too large"):
+        check_float("x", 10**400)
     for value in (True, "1", None):
         with pytest.raises(InvalidTypeError, match="x must be float"):
             check_float("x", value)

@@ -41,7 +41,10 @@ def check_float(
 ) -> float:
     """Require a float, or an int standing for one, within the closed range ``[low, high]``."""
     if isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise InvalidValueError(f"{name} is too large for a float") from None
     number = check_type(name, value, float)
     if number != number:
         raise InvalidValueError(f"{name} must be a number, not NaN")
