@@ -17,7 +17,7 @@ constexpr std::size_t kFractalBytes = kFractalRows * kFractalCols;
 constexpr std::size_t kMaxTileFractals = 8;  // along each axis
 constexpr std::size_t kMaxTileBytes = kMaxTileFractals * kMaxTileFractals * kFractalBytes;
 
-constexpr std::size_t kStreams = 8;
+constexpr std::size_t kStreams = 8;  // of a tile: each codes one eighth, called a part
 constexpr std::size_t kMaxCodeBits = 11;
 constexpr std::size_t kEscape = 256;  // symbol that stands for "an escape byte follows"
 constexpr std::size_t kSymbols = 257;

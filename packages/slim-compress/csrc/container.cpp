@@ -19,8 +19,9 @@ std::uint32_t index_crc(const std::uint8_t* index, std::size_t size) {
 
 void write_entry(const Entry& entry, std::uint8_t* out) {
   store(out, entry.crc);
-  store(out + 4, entry.length | static_cast<std::uint32_t>(entry.mode) << 24);
-  store(out + 8, entry.offset | std::uint64_t{entry.table} << 48 | std::uint64_t{entry.fill} << 56);
+  store(out + 4, entry.length);
+  out[6] = static_cast<std::uint8_t>(entry.mode);
+  out[7] = entry.fill;
 }
 
 std::size_t index_bytes(const Header& header) {
@@ -47,16 +48,7 @@ void write_header(const Header& h, std::uint8_t* index) {
 Entry Container::entry(std::size_t tile) const {
   const std::uint8_t* p =
       index_ + kHeaderBytes + tables_.size() * kTableBytes + tile * kEntryBytes;
-  Entry e;
-  e.crc = load32(p);
-  const std::uint32_t size = load32(p + 4);
-  e.length = size & 0xFFFFFF;
-  e.mode = static_cast<Mode>(size >> 24);
-  const std::uint64_t place = load64(p + 8);
-  e.offset = place & 0xFFFFFFFFFFFFULL;
-  e.table = static_cast<std::uint8_t>(place >> 48);
-  e.fill = static_cast<std::uint8_t>(place >> 56);
-  return e;
+  return {load32(p), load16(p + 4), static_cast<Mode>(p[6]), p[7]};
 }
 
 Problem Container::open(const std::uint8_t* index, std::size_t index_size,
@@ -104,30 +96,27 @@ Problem Container::check_header(std::size_t index_size, std::size_t weight_size)
   return {};
 }
 
-Problem Container::check_entries() const {
+Problem Container::check_entries() {
   const Grid g = grid();
-  std::uint64_t expected = 0;
+  const std::uint64_t room = header_.weight_bytes - kGuardBytes;
+  offsets_.resize(header_.tiles);
+  std::uint64_t end = 0;
   for (std::size_t t = 0; t < header_.tiles; ++t) {
     const auto tile = static_cast<std::int64_t>(t);
     const Entry e = entry(t);
     const std::size_t bytes = TileBox(g, t).bytes();
-    if (e.offset != expected) return {tile, "the payload does not start where the last one ended"};
-    if (e.length > header_.weight_bytes - kGuardBytes - expected) {
-      return {tile, "the payload lies outside the weight"};
-    }
-    expected += e.length;
     if (e.mode > Mode::kHuf) return {tile, "unknown tile mode"};
-    if (e.mode != Mode::kHuf && e.table != 0) return {tile, "a table is named but not used"};
+    if (e.mode == Mode::kHuf && tables_.empty()) return {tile, "no such code table"};
     if (e.mode != Mode::kFill && e.fill != 0) return {tile, "a fill byte is given but not used"};
-    if (e.mode == Mode::kHuf && e.table >= header_.tables) return {tile, "no such code table"};
     const std::size_t exact = e.mode == Mode::kFill ? 0 : bytes;
     if (e.mode <= Mode::kFill ? e.length != exact : e.length >= bytes) {
       return {tile, "the payload length does not fit the tile mode"};
     }
+    if (e.length > room - end) return {tile, "the payload lies outside the weight"};
+    offsets_[t] = end;
+    end += e.length;
   }
-  if (expected != header_.weight_bytes - kGuardBytes) {
-    return {-1, "the payloads do not fill the weight"};
-  }
+  if (end != room) return {-1, "the payloads do not fill the weight"};
   return {};
 }
 

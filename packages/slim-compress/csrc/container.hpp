@@ -9,7 +9,7 @@
 namespace slc1 {
 
 constexpr std::size_t kHeaderBytes = 64;
-constexpr std::size_t kEntryBytes = 16;
+constexpr std::size_t kEntryBytes = 8;
 constexpr std::size_t kGuardBytes = 32;
 constexpr std::uint32_t kMagic = 0x31434C53;  // "SLC1"
 constexpr std::uint16_t kVersion = 1;
@@ -17,10 +17,8 @@ constexpr std::uint8_t kFlagTransposed = 1;
 
 struct Entry {
   std::uint32_t crc = 0;     // CRC-32C of the decoded tile
-  std::uint32_t length = 0;  // payload bytes
+  std::uint16_t length = 0;  // payload bytes
   Mode mode = Mode::kRaw;
-  std::uint64_t offset = 0;  // of the payload in the weight array
-  std::uint8_t table = 0;
   std::uint8_t fill = 0;
 };
 
@@ -55,14 +53,16 @@ class Container {
   Grid grid() const { return {header_.n, header_.k, header_.tile_n, header_.tile_k}; }
   const std::vector<CodeTable>& tables() const { return tables_; }
   Entry entry(std::size_t tile) const;
+  std::uint64_t offset(std::size_t tile) const { return offsets_[tile]; }  // of the payload
 
  private:
   Problem check_header(std::size_t index_size, std::size_t weight_size);
-  Problem check_entries() const;
+  Problem check_entries();
 
   const std::uint8_t* index_ = nullptr;
   Header header_{};
   std::vector<CodeTable> tables_;
+  std::vector<std::uint64_t> offsets_;
 };
 
 }  // namespace slc1

@@ -23,7 +23,7 @@ Problem Decoder::check_guard() const {
 Problem Decoder::decode_tile(std::size_t tile, std::uint8_t* out) const {
   const Entry e = container_.entry(tile);
   const std::size_t bytes = TileBox(container_.grid(), tile).bytes();
-  const std::uint8_t* payload = weight_ + e.offset;
+  const std::uint8_t* payload = weight_ + container_.offset(tile);
   const std::uint8_t* readable_end = weight_ + weight_size_;
   const Kernels& kernel = kernels();
   Verdict verdict;
@@ -38,7 +38,8 @@ Problem Decoder::decode_tile(std::size_t tile, std::uint8_t* out) const {
       verdict = kernel.nib_decode(payload, e.length, readable_end, out, bytes);
       break;
     case Mode::kHuf:
-      verdict = kernel.huf_decode(tables_[e.table], payload, e.length, readable_end, out, bytes);
+      verdict = kernel.huf_decode(tables_.data(), tables_.size(), payload, e.length, readable_end,
+                                  out, bytes);
       break;
   }
   if (!verdict) return {static_cast<std::int64_t>(tile), verdict.reason};

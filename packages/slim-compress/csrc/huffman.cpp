@@ -204,17 +204,20 @@ void build_decode_table(const CodeTable& table, DecodeTable& out) {
   out.has_escape = table.has_escape();
 }
 
-void build_encode_table(const CodeTable& table, EncodeTable& out) {
+void build_encode_table(const CodeTable& table, bool with_pairs, EncodeTable& out) {
   const Codes codes = canonical_codes(table.lengths);
   out.any_escaped = false;
   for (std::size_t v = 0; v < 256; ++v) {
     const std::size_t s = table.lengths[v] != 0 ? v : kEscape;
     out.escaped[v] = s == kEscape;
     out.any_escaped |= s == kEscape;
-    const std::uint32_t length = table.lengths[s];
-    out.code[v] = codes[s] | length << 16;
-    out.low[v] = static_cast<std::uint8_t>(codes[s]);
-    out.high[v] = static_cast<std::uint8_t>(codes[s] >> 8 | length << 4);
+    out.code[v] = codes[s] | static_cast<std::uint32_t>(table.lengths[s]) << 24;
+  }
+  out.pair.resize(with_pairs ? 65536 : 0);
+  for (std::size_t i = 0; i < out.pair.size(); ++i) {
+    const std::uint32_t first = out.code[i >> 8];
+    const std::uint32_t second = out.code[i & 255];
+    out.pair[i] = first + ((second & 0xFFFF) << (first >> 24)) + (second & 0xFF000000U);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "common.hpp"
 
@@ -41,12 +42,12 @@ struct DecodeTable {
 void build_decode_table(const CodeTable& table, DecodeTable& out);
 
 struct EncodeTable {
-  alignas(64) std::array<std::uint8_t, 256> low;     // bits 0..7 of the code
-  alignas(64) std::array<std::uint8_t, 256> high;    // bits 8..10 of the code | length << 4
-  std::array<std::uint32_t, 256> code;               // code | length << 16
-  std::array<std::uint8_t, 256> escaped;             // 1: written as an escape
+  std::array<std::uint32_t, 256> code;     // code | length << 24
+  std::array<std::uint8_t, 256> escaped;   // 1: written as an escape
   bool any_escaped;
+  // The codes of two neighbours p[0], p[1] at p[0] | p[1] << 8, p[1] lowest; empty unless wanted.
+  std::vector<std::uint32_t> pair;
 };
-void build_encode_table(const CodeTable& table, EncodeTable& out);
+void build_encode_table(const CodeTable& table, bool with_pairs, EncodeTable& out);
 
 }  // namespace slc1

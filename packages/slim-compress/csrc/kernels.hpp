@@ -14,16 +14,18 @@ struct Kernels {
   // CRC-32C (Castagnoli, reflected, initial and final complement as in RFC 3720) of the bytes.
   std::uint32_t (*crc32c)(const std::uint8_t* data, std::size_t size);
 
-  // Adds the byte values of `rows` rows of `width` bytes to `counts`.
+  // Adds the byte values of `rows` rows of `width` bytes, 65535 bytes at most, to `counts`.
   void (*histogram)(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t rows,
-                    std::size_t width, std::uint32_t* counts);
+                    std::size_t width, std::uint16_t* counts);
 
-  // Writes the HUF payload of a tile; returns its size. Up to kWriteSlack bytes more are touched.
-  std::size_t (*huf_encode)(const EncodeTable& table, const std::uint8_t* tile, std::size_t size,
-                            std::uint8_t* out);
+  // Writes the HUF payload of a tile whose part s uses tables[choice[s]]; returns its size. Up to
+  // kWriteSlack bytes more are touched.
+  std::size_t (*huf_encode)(const EncodeTable* tables, const std::uint8_t* choice,
+                            const std::uint8_t* tile, std::size_t size, std::uint8_t* out);
 
   // `tile` must have room for kMaxTileBytes + kWriteSlack bytes. Reads stay below `readable_end`.
-  Verdict (*huf_decode)(const DecodeTable& table, const std::uint8_t* payload, std::size_t length,
+  Verdict (*huf_decode)(const DecodeTable* tables, std::size_t table_count,
+                        const std::uint8_t* payload, std::size_t length,
                         const std::uint8_t* readable_end, std::uint8_t* tile, std::size_t size);
 
   std::size_t (*nib_encode)(const std::uint8_t* tile, std::size_t size, std::uint8_t* out);

@@ -23,9 +23,9 @@ namespace {
 #include "kernel_nib.inc"
 
 void histogram(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t rows,
-               std::size_t width, std::uint32_t* counts) {
+               std::size_t width, std::uint16_t* counts) {
   // Four sub-tables: neighbours of equal value would otherwise wait for one another's increment.
-  std::uint32_t part[4][256] = {};
+  std::uint16_t part[4][256] = {};
   for (std::size_t r = 0; r < rows; ++r) {
     const std::uint8_t* p = first + static_cast<std::ptrdiff_t>(r) * stride;
     std::size_t i = 0;
@@ -43,7 +43,8 @@ void histogram(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t row
     for (; i < width; ++i) ++part[0][p[i]];
   }
   for (std::size_t v = 0; v < 256; ++v) {
-    counts[v] += part[0][v] + part[1][v] + part[2][v] + part[3][v];
+    counts[v] = static_cast<std::uint16_t>(counts[v] + part[0][v] + part[1][v] + part[2][v] +
+                                           part[3][v]);
   }
 }
 

@@ -29,16 +29,18 @@ void nd_to_nz(const View& m, const Grid& grid, std::uint8_t* out) {
 
 void histogram(const View& m, std::size_t n, std::size_t k, std::int64_t* counts) {
   std::fill(counts, counts + 256, 0);
-  constexpr std::size_t kBlock = std::size_t{1} << 20;  // keeps 32-bit sub-counts from overflowing
+  constexpr std::size_t kBlock = 32768;  // keeps the 16-bit counts of the kernel from overflowing
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint8_t* row = m.data + static_cast<std::ptrdiff_t>(i) * m.row;
     for (std::size_t j = 0; j < k; j += kBlock) {
-      std::uint32_t part[256] = {};
+      std::uint16_t part[256] = {};
       const std::size_t width = std::min(kBlock, k - j);
       if (m.col == 1) {
         kernels().histogram(row + j, 0, 1, width, part);
       } else {
-        for (std::size_t x = j; x < j + width; ++x) ++part[row[static_cast<std::ptrdiff_t>(x) * m.col]];
+        for (std::size_t x = j; x < j + width; ++x) {
+          ++part[row[static_cast<std::ptrdiff_t>(x) * m.col]];
+        }
       }
       for (std::size_t v = 0; v < 256; ++v) counts[v] += part[v];
     }

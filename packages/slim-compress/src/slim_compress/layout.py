@@ -1,4 +1,4 @@
-"""FRACTAL_NZ, the layout that the matrix unit of Ascend reads int8 weights in.
+"""FRACTAL_NZ by native code, the layout that the matrix unit of Ascend reads int8 weights in.
 
 A matrix of (n, k) is padded with zeros to multiples of 16 rows and 32 columns, cut into fractals of
 16 x 32, and stored as (k1, n1, 16, 32): the fractals column by column, each row by row.
@@ -12,9 +12,10 @@ import numpy as np
 
 from slim_compress import _native
 from slim_compress.arrays import to_int8
-from slim_compress.codec import FRACTAL
-from slim_core.errors import InvalidValueError
+from slim_core.layouts import nz_to_nd
 from slim_core.validate import check_int
+
+__all__ = ["nd_to_nz", "nz_to_nd", "round_up"]
 
 
 def round_up(value: int, block: int) -> int:
@@ -43,20 +44,3 @@ def nd_to_nz(matrix: Any, *, name: str = "matrix") -> np.ndarray:
         ``matrix`` is not such a matrix.
     """
     return _native.nd_to_nz(to_int8(name, matrix))
-
-
-def nz_to_nd(nz: np.ndarray, n: int, k: int) -> np.ndarray:
-    """Return the (n, k) matrix of an array in FRACTAL_NZ, of any dtype; padding is dropped.
-
-    Raises
-    ------
-    InvalidValueError
-        The shape of ``nz`` is not that of an (n, k) matrix.
-    """
-    check_int("n", n, low=1)
-    check_int("k", k, low=1)
-    expected = (-(-k // FRACTAL[1]), -(-n // FRACTAL[0]), *FRACTAL)
-    if nz.shape != expected:
-        raise InvalidValueError(f"nz must have the shape {expected}, not {nz.shape}")
-    nd = nz.transpose(1, 2, 0, 3).reshape(expected[1] * FRACTAL[0], expected[0] * FRACTAL[1])
-    return np.ascontiguousarray(nd[:n, :k])
