@@ -209,6 +209,27 @@ def check_output_dir(path: PathLike, *, overwrite: bool = False) -> Path:
     return final
 
 
+def check_apart(name: str, source: PathLike, output: PathLike) -> None:
+    """Require that replacing the directory ``output`` would not remove ``source`` with it.
+
+    Parameters
+    ----------
+    name : str
+        Name of the parameter that holds ``source``, for the message.
+
+    Raises
+    ------
+    OutputExistsError
+        ``output`` is ``source`` or a directory above it.
+    """
+    inside, outside = as_path(name, source).resolve(), as_path("output", output).resolve()
+    if inside.is_relative_to(outside):
+        raise OutputExistsError(
+            f"the output {outside} holds {name} {inside}, which would be lost",
+            hint="choose another directory",
+        )
+
+
 def sync_dir(path: PathLike) -> None:
     """Flush the entries of a directory to disk, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -81,8 +81,13 @@ def _directory_problems(stored: QuantizedCheckpoint) -> Iterator[str]:
     for holder in (config, config.get("text_config") or {}):
         if "quantization_config" in holder:
             yield "config.json has a quantization_config, which hides the description from vLLM"
-    if (stored.checkpoint.path / "model.safetensors.index.json").exists():
+    directory = stored.checkpoint.path
+    if (directory / "model.safetensors.index.json").exists():
         yield "the index of the float model is still there, vLLM would follow it"
+    known = {info.file.name for info in tensors.values()}
+    for file in sorted(directory.glob("*.safetensors")):
+        if file.name not in known:
+            yield f"{file.name} is no part of the checkpoint, vLLM would load it too"
     if stored.description_file.name == DESCRIPTION_FILE and description.get("version") != "1.0.0":
         yield f"{DESCRIPTION_FILE} must have version 1.0.0"
 

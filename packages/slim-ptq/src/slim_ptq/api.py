@@ -12,7 +12,7 @@ from pathlib import Path
 from slim_core.checkpoint import copy_side_files, open_checkpoint
 from slim_core.errors import PlanError
 from slim_core.export import CheckpointExport
-from slim_core.files import PathLike, check_output_dir, staged_dir, write_bytes
+from slim_core.files import PathLike, check_apart, check_output_dir, staged_dir, write_bytes
 from slim_core.formats import FORMATS
 from slim_core.plan import Plan
 from slim_core.provenance import provenance
@@ -94,6 +94,7 @@ def quantize(
         See :mod:`slim_core.errors`; everything that can be known beforehand is raised beforehand.
     """
     target = check_output_dir(output, overwrite=overwrite)
+    check_apart("model", model, target)
     place = torch_device(device)
     shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
     clock = _Clock()

@@ -14,6 +14,7 @@ from slim_core.groups import is_expert
 from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
 from slim_core.matching import match_all
+from slim_core.plan import dynamic_variant
 from slim_core.progress import track
 from slim_core.recipe import ObserverKind
 from slim_core.scheme import FLOAT, QuantScheme
@@ -27,7 +28,14 @@ from slim_ptq.mixed import check_mix, resolve_mix
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
 from slim_ptq.save import save_model
-from slim_ptq.structure import bias_of, checkpoint_names, find_linears, unfuse_experts, weight_of
+from slim_ptq.structure import (
+    bias_of,
+    checkpoint_names,
+    find_linears,
+    find_routers,
+    unfuse_experts,
+    weight_of,
+)
 
 _log = get_logger("ptq")
 
@@ -37,6 +45,9 @@ _SEED = 0  # of the choice which calibration activations are passed on quantized
 
 class Calibrator:
     """Quantizes the linear layers of a model in place.
+
+    With a static type the experts of a mixture are quantized per token, unless ``mix_cfg`` says
+    otherwise: no engine runs experts with static activations.  Routers stay in floating point.
 
     Parameters
     ----------
@@ -112,18 +123,18 @@ class Calibrator:
         NumericalError
             A weight or an activation is NaN or infinite; names the layer.
         CalibrationError
-            No sample reached a layer.
+            No sample reached a layer, or the model cannot run on a sample.
         """
         check_type("int_infer", int_infer, bool)
         if self._done:
             raise InvalidValueError("the model is quantized already")
-        with torch.no_grad():
-            observed = self._replace_layers()
-            if observed:
-                for _ in feed(self.model, self._samples, "Calibrating"):
-                    pass
-                for name, module in observed.items():
-                    self._put(name, module.finish(self._observer_of(name, observed)))
+        try:
+            with torch.no_grad():
+                self._quantize()
+        except BaseException:
+            for name, linear in self._linears.items():  # the model is what it was before
+                self._put(name, linear)
+            raise
         self._done = True
 
     def save(
@@ -170,8 +181,8 @@ class Calibrator:
     def _resolve(self, level: int, mix: dict[str, str]) -> dict[str, QuantScheme]:
         """Return the scheme of every linear layer."""
         names = list(self._linears)
-        everything = names + _attention_and_conv_names(self.model)
-        disabled = match_all("disable_names", self.cfg.disable_names, everything)
+        others = _other_names(self.model)
+        disabled = match_all("disable_names", self.cfg.disable_names, names + others)
         floats = {name for hits in disabled.values() for name in hits}
         if self.cfg.disable_last_linear:
             floats.add(names[-1])
@@ -180,8 +191,23 @@ class Calibrator:
             floats.update(choose_fallback(spread, level, frozenset(floats)))
         elif level:
             _log.info("disable_level is taken as L0, since there is no calibration data")
-        mixed = resolve_mix(mix, self.cfg, names)
-        return {name: FLOAT if name in floats else mixed.get(name, self._scheme) for name in names}
+        mixed = resolve_mix(mix, self.cfg, names + others)
+        return {
+            name: FLOAT if name in floats else mixed.get(name) or self._default(name)
+            for name in names
+        }
+
+    def _default(self, name: str) -> QuantScheme:
+        """Return the scheme of the configuration; per-token for experts, as engines run them."""
+        return dynamic_variant(self._scheme) if is_expert(name) else self._scheme
+
+    def _quantize(self) -> None:
+        observed = self._replace_layers()
+        if observed:
+            for _ in feed(self.model, self._samples, "Calibrating"):
+                pass
+            for name, module in observed.items():
+                self._put(name, module.finish(self._observer_of(name, observed)))
 
     def _replace_layers(self) -> dict[str, ObservedLinear]:
         """Quantize all weights; return the layers whose input range is still to be found."""
@@ -216,12 +242,8 @@ class Calibrator:
         """
         if observed[name].observer.samples or not is_expert(name):
             return None
-        shape = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
         for other, module in observed.items():
-            if (
-                module.observer.samples
-                and re.sub(r"\.experts\.\d+\.", ".experts.*.", other) == shape
-            ):
+            if module.observer.samples and _projection(other) == _projection(name):
                 _log.warning("%s saw no token and takes the input range of %s", name, other)
                 return module.observer
         return None
@@ -264,14 +286,19 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _without_number(expert: str) -> str:
+def _projection(expert: str) -> str:
+    """Return the name of an expert's layer without the number of the expert."""
     return re.sub(r"\.experts\.\d+\.", ".experts.*.", expert)
 
 
-def _attention_and_conv_names(model: nn.Module) -> list[str]:
-    """Return further names that may stand in ``disable_names``; these modules stay as they are."""
+def _other_names(model: nn.Module) -> list[str]:
+    """Return further names that users disable: attentions, convolutions, routers.
+
+    These modules stay as they are in any case.
+    """
+    routers = find_routers(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) or "Attention" in type(module).__name__
+        if isinstance(module, nn.Conv2d) or "Attention" in type(module).__name__ or name in routers
     ]

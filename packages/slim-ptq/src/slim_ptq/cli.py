@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -87,7 +87,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into the directory OUTPUT."""
-    with _errors():
+    with _errors(), _quiet_loading():
         from slim_ptq.api import quantize as run
 
         report = run(
@@ -179,7 +179,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of MODEL on TEXT."""
-    with _errors():
+    with _errors(), _quiet_loading():
         from slim_ptq.quality import evaluate_text
 
         found = evaluate_text(
@@ -208,6 +208,22 @@ def dequantize(
 def main() -> None:
     """Entry point of the ``slim-ptq`` command."""
     app()
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence the bars that transformers prints for every model it loads."""
+    import transformers.utils.logging
+
+    logging: Any = transformers.utils.logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

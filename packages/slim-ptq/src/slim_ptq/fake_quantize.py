@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+
 from slim_core.dtypes import float_name
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.formats import FORMATS
 from slim_core.quantized import scheme_of
 from slim_core.validate import check_choice, check_int, check_type
-from torch import nn
-
 from slim_ptq.config_rules import DEVICE_TYPES
 from slim_ptq.devices import torch_device
 from slim_ptq.load import as_torch
@@ -81,30 +82,28 @@ class FakeQuantizeCalibrator:
         lost = [name for name in linears.values() if f"{name}.weight" not in description]
         if lost:
             raise InvalidValueError(f"description has no entry {lost[0]}.weight")
+        layers: dict[str, dict[str, Any]] = {}
+        for key, tensor in safetensor.items():
+            layer, _, local = key.rpartition(".")
+            layers.setdefault(layer, {})[local] = to_numpy(tensor)
         for path, name in linears.items():
-            self._put(path, name, description, safetensor, device)
+            kind = description[f"{name}.weight"]
+            if kind != "FLOAT":
+                self._put(path, name, kind, layers.get(name, {}), device)
         self._load_floats(rename, description, safetensor)
 
     def _put(
         self,
         path: str,
         name: str,
-        description: dict[str, str],
-        tensors: dict[str, torch.Tensor],
+        kind: str,
+        tensors: dict[str, Any],
         device: torch.device,
     ) -> None:
-        kind = description[f"{name}.weight"]
-        if kind == "FLOAT":
-            return
         linear = self.model.get_submodule(path)
         dtype = linear.weight.dtype
-        local = {
-            key.rpartition(".")[2]: to_numpy(tensor)
-            for key, tensor in tensors.items()
-            if key.rpartition(".")[0] == name
-        }
         layer = FORMATS["safe_tensor"].decode(
-            name, scheme_of(name, kind, local), local, float_name(dtype)
+            name, scheme_of(name, kind, tensors), tensors, _stored_dtype(tensors, dtype)
         )
         parent, _, leaf = path.rpartition(".")
         quantized = FakeQuantLinear(on_device(as_torch(layer), device), dtype)
@@ -119,3 +118,13 @@ class FakeQuantizeCalibrator:
             if description.get(name) == "FLOAT" and name in tensors:
                 with torch.no_grad():
                     parameter.copy_(tensors[name])
+
+
+def _stored_dtype(tensors: dict[str, Any], actual: torch.dtype) -> str:
+    """Return the dtype of the model that was saved, which may be open in another one here."""
+    deq_scale = tensors.get("deq_scale")
+    if deq_scale is None:
+        return float_name(actual)
+    if deq_scale.dtype == np.float32:
+        return "bfloat16"
+    return "float32" if actual == torch.bfloat16 else float_name(actual)

@@ -74,7 +74,7 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
     _refuse_norm_bias(stored)
     tied = _tied_names(model)
     for path, module in model.named_modules():
-        if path not in tied:
+        if path not in tied and not isinstance(module, FakeQuantLinear):
             load_parameters(
                 module,
                 path,

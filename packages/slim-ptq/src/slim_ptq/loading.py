@@ -66,7 +66,7 @@ def load_parameters(
     dtype: torch.dtype,
     recurse: bool = True,
 ) -> None:
-    """Replace the meta parameters of a module by those of the checkpoint.
+    """Replace the meta parameters of a module, and the buffers that are saved with it.
 
     Parameters
     ----------
@@ -91,6 +91,9 @@ def load_parameters(
                 tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
                 setattr(owner, local, nn.Parameter(tensor, requires_grad=False))
         for local, buffer in list(owner.named_buffers(recurse=False)):
+            name = rename(f"{path}.{local}" if path else local)
+            if name in checkpoint.tensors and local not in owner._non_persistent_buffers_set:
+                buffer = _read(checkpoint, name, tuple(buffer.shape)).to(buffer.dtype)
             setattr(owner, local, buffer.to(device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import nn
 
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.export import CheckpointExport
-from slim_core.files import as_path, make_dir
+from slim_core.files import as_path, check_output_dir, staged_dir
 from slim_core.formats import FORMATS, NpyWriter
 from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
@@ -57,22 +58,36 @@ def save_model(
     description_file = _file_name("json_name", json_name, ".json")
     if part_file_size is not None:
         check_int("part_file_size", part_file_size, low=1)
-    directory = make_dir(as_path("output_path", output_path))
-    for name in formats:
-        if name == "npy":
-            _save_npy(model, rename, directory)
-            continue
-        export = CheckpointExport(
-            directory,
-            FORMATS[name],
-            model_type=model_type,
-            group_size=group_size,
-            weight_file=weight_file and weight_file.removesuffix(".safetensors"),
-            description_file=description_file,
-            max_shard_bytes=part_file_size and part_file_size * _GIB,
-        )
-        with export:
-            _export(model, rename, export, copies=name == "safe_tensor", model_type=model_type)
+    with _directory(as_path("output_path", output_path)) as directory:
+        for name in formats:
+            if name == "npy":
+                _save_npy(model, rename, directory)
+                continue
+            export = CheckpointExport(
+                directory,
+                FORMATS[name],
+                model_type=model_type,
+                group_size=group_size,
+                weight_file=weight_file and weight_file.removesuffix(".safetensors"),
+                description_file=description_file,
+                max_shard_bytes=part_file_size and part_file_size * _GIB,
+            )
+            with export:
+                _export(model, rename, export, copies=name == "safe_tensor", model_type=model_type)
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[Path]:
+    """Yield where to write: beside a new directory, which appears when it is complete.
+
+    In a directory with files, such as those of an earlier save, each file is replaced as a whole.
+    """
+    target = check_output_dir(path, overwrite=True)
+    if target.is_dir() and any(target.iterdir()):
+        yield target
+        return
+    with staged_dir(target) as staging:
+        yield staging
 
 
 def iter_tensors(

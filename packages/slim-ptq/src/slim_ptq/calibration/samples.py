@@ -42,14 +42,26 @@ def check_samples(name: str, value: Any) -> list[Sample]:
 
 
 def feed(model: nn.Module, samples: Sequence[Sample], description: str) -> Iterator[int]:
-    """Call the model on each sample, without gradients, and yield the number of the sample."""
+    """Call the model on each sample, without gradients, and yield the number of the sample.
+
+    Raises
+    ------
+    CalibrationError
+        The model does not take the sample: a wrong argument, a token that it does not know.
+    """
     device = next(model.parameters()).device
     for index, sample in enumerate(track(samples, description)):
-        with torch.no_grad():
-            if isinstance(sample, dict):
-                model(**{key: _to(value, device) for key, value in sample.items()})
-            else:
-                model(*(_to(value, device) for value in sample))
+        try:
+            with torch.no_grad():
+                if isinstance(sample, dict):
+                    model(**{key: _to(value, device) for key, value in sample.items()})
+                else:
+                    model(*(_to(value, device) for value in sample))
+        except (TypeError, IndexError, AttributeError) as error:
+            raise CalibrationError(
+                f"calib_data[{index}]: {type(model).__name__} cannot run on it: {error}",
+                hint="a list is called as model(*sample), a dict as model(**sample)",
+            ) from error
         yield index
 
 

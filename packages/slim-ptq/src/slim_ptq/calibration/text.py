@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,16 @@ from slim_core.files import PathLike, check_input_file
 from slim_core.validate import check_int
 
 _MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One entry of calibration text: exactly what one of the three keys of a line holds."""
+
+    where: str  # file and line, for messages
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    input_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,10 +92,14 @@ def read_calibration(
     file = check_input_file(path, max_bytes=_MAX_BYTES)
     for name, value in (("samples", samples), ("length", length), ("batch", batch)):
         check_int(name, value, low=1)
-    documents = _read_jsonl(file) if file.suffix == ".jsonl" else [{"text": _decode(file)}]
+    if file.suffix == ".jsonl":
+        documents = list(_read_jsonl(file))
+    else:
+        text = _decode(file)
+        documents = [Document(str(file), text=text)] if text else []
     if not documents:
         raise CalibrationError(f"{file} is empty")
-    ids = _tokenize(documents, model_dir, file, samples * length)
+    ids = _tokenize(documents, model_dir, samples * length)
     return CalibrationData(windows(ids, samples, length, batch), file.name)
 
 
@@ -111,12 +125,13 @@ def texts_to_calibration(
     """Cut texts given in memory into windows, as :func:`read_calibration` does with a file."""
     documents = []
     for index, text in enumerate(texts):
+        where = f"calibration text {index}"
         if not isinstance(text, str) or not text:
-            raise CalibrationError(f"calibration text {index} must be a non-empty str")
-        documents.append({"text": text})
+            raise CalibrationError(f"{where} must be a non-empty str")
+        documents.append(Document(where, text=text))
     if not documents:
         raise CalibrationError("the calibration texts are empty")
-    ids = _tokenize(documents, model_dir, "texts", samples * length)
+    ids = _tokenize(documents, model_dir, samples * length)
     return CalibrationData(windows(ids, samples, length, batch), "texts")
 
 
@@ -141,24 +156,47 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise MissingDependencyError(f"the tokenizer of {model_dir} needs {error.name}") from error
 
 
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
-    documents = []
-    for number, line in enumerate(_decode(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{file}, line {number}: not JSON ({error.msg})") from error
-        known = isinstance(document, dict) and [
-            key for key in ("text", "messages", "input_ids") if document.get(key)
-        ]
-        if not known:
-            raise CalibrationError(
-                f"{file}, line {number}: must be an object with text, messages or input_ids"
-            )
-        documents.append(document)
-    return documents
+def _read_jsonl(file: Path) -> Iterator[Document]:
+    # Not splitlines: JSON text may hold the line separators of Unicode as they are.
+    for number, line in enumerate(_decode(file).split("\n"), 1):
+        if line.strip():
+            yield _parse(line, f"{file}, line {number}")
+
+
+def _parse(line: str, where: str) -> Document:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CalibrationError(f"{where}: must be a JSON object, not {type(value).__name__}")
+    given = {key: value[key] for key in _CHECKS if value.get(key)}
+    if not given:
+        raise CalibrationError(f"{where}: must have one of {', '.join(_CHECKS)}, and not empty")
+    for key, content in given.items():
+        what, is_right = _CHECKS[key]
+        if not is_right(content):
+            raise CalibrationError(f"{where}: {key} must be {what}")
+    return Document(where, **given)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    )
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(token) is int and 0 <= token < 1 << 31 for token in value
+    )
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a str", lambda value: isinstance(value, str)),
+    "messages": ('a list of {"role": ..., "content": ...}', _are_messages),
+    "input_ids": ("a list of token numbers", _are_ids),
+}
 
 
 def _decode(file: Path) -> str:
@@ -168,34 +206,32 @@ def _decode(file: Path) -> str:
         raise CalibrationError(f"{file} is not UTF-8 text: {error.reason}") from error
 
 
-def _tokenize(
-    documents: list[dict[str, Any]], model_dir: Path, source: object, enough: int
-) -> list[int]:
+def _tokenize(documents: Sequence[Document], model_dir: Path, enough: int) -> list[int]:
     """Return one stream of tokens, at least ``enough`` of them if there is so much text."""
     tokenizer: Any = None
     ids: list[int] = []
-    for number, document in enumerate(documents, 1):
+    for document in documents:
         if len(ids) >= enough:
             break
-        given = document.get("input_ids")
-        if given:
-            if not all(isinstance(token, int) and token >= 0 for token in given):
-                raise CalibrationError(f"{source}, entry {number}: input_ids must be token numbers")
-            ids += given
+        if document.input_ids is not None:
+            ids += document.input_ids
             continue
         tokenizer = tokenizer or load_tokenizer(model_dir)
-        ids += _encode(tokenizer, document, f"{source}, entry {number}")
+        ids += _encode(tokenizer, document)
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
     return ids
 
 
-def _encode(tokenizer: Any, document: dict[str, Any], where: str) -> list[int]:
-    text = document.get("text")
-    if text is None:
-        if not tokenizer.chat_template:
-            raise CalibrationError(f"{where}: has messages, and the tokenizer no chat template")
-        text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-    if not isinstance(text, str):
-        raise CalibrationError(f"{where}: text must be str, not {type(text).__name__}")
-    return list(tokenizer(text, add_special_tokens=not document.get("messages")).input_ids)
+def _encode(tokenizer: Any, document: Document) -> list[int]:
+    if document.text is not None:
+        return list(tokenizer(document.text).input_ids)
+    if not tokenizer.chat_template:
+        raise CalibrationError(f"{document.where}: has messages, the tokenizer no chat template")
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(document.messages, tokenize=False)
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise CalibrationError(f"{document.where}: the chat template fails: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

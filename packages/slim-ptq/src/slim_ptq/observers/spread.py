@@ -28,6 +28,11 @@ class SpreadObserver:
         self._peak = max(self._peak, float(high.max().abs()), float(low.min().abs()))
         self._std = max(self._std, float((values - (low + high)).std()))
 
+    def update_rows(self, x: torch.Tensor) -> None:
+        """Take in each entry of the first axis as a sample of its own."""
+        for row in x:
+            self.update(row)
+
     def value(self) -> float:
         """Return the ratio; 0 if no sample came, infinite if all elements were equal."""
         if self._peak == 0.0:

@@ -55,6 +55,7 @@ class BlockRunner:
         self._device = device
         dtype: torch.dtype = getattr(torch, inventory.model_dtype)
         self.dtype = torch.float32 if device.type == "cpu" else dtype
+        self._sequence_first = False
         self._calls = self._capture(data)
 
     def __len__(self) -> int:
@@ -88,7 +89,8 @@ class BlockRunner:
         Parameters
         ----------
         watches : mapping
-            Called with the input of the layers of these local names.
+            Called with the input of the layers of these local names, three axes always in the
+            order (rows, tokens, channels).
 
         Raises
         ------
@@ -97,7 +99,7 @@ class BlockRunner:
         """
 
         def hook(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _module, inputs: watch(inputs[0])
+            return lambda _module, inputs: watch(self._rows_first(inputs[0]))
 
         handles = [
             block.get_submodule(name).register_forward_pre_hook(hook(watch))
@@ -110,7 +112,7 @@ class BlockRunner:
         finally:
             for handle in handles:
                 handle.remove()
-        if not all(bool(torch.isfinite(calls.hidden.sum())) for calls in self._calls):
+        if not all(bool(torch.isfinite(calls.hidden).all()) for calls in self._calls):
             raise NumericalError(
                 f"the output of {self._inventory.blocks[index]} is NaN or infinite",
                 hint="the float model itself overflows on this calibration data",
@@ -123,6 +125,7 @@ class BlockRunner:
         try:
             first = data.batches[0].to(self._device)
             args, kwargs = first_call(self._model, blocks[0], first[:1])
+            self._sequence_first = args[0].ndim == 3 and args[0].shape[0] != 1
             with self.loaded(0) as block, torch.no_grad():
                 form = output_form(block(*args, **kwargs))
             return [
@@ -135,6 +138,10 @@ class BlockRunner:
             for path, module in self._outside():
                 if path:
                     unload_parameters(module)
+
+    def _rows_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo the order (tokens, rows, channels) in which ChatGLM and others compute."""
+        return x.transpose(0, 1) if self._sequence_first and x.ndim == 3 else x
 
     def _load_outside_on_use(self) -> list[Any]:
         """Make every module outside the blocks read its own parameters when it is first called."""

@@ -83,7 +83,11 @@ def plan_with_fallback(
         layers = local_layers[inventory.blocks[index]]
         observers = {local: SpreadObserver() for local in layers}
         with runner.loaded(index) as block:
-            runner.advance(block, index, {name: seen.update for name, seen in observers.items()})
+            watches = {
+                name: lambda x, seen=seen: seen.update_rows(x) if x.ndim == 3 else seen.update(x)
+                for name, seen in observers.items()
+            }
+            runner.advance(block, index, watches)
         spread.update({layers[local].name: seen.value() for local, seen in observers.items()})
     floats = frozenset(layer.name for layer in plan.layers if layer.scheme.is_float)
     chosen = set(choose_fallback(spread, count, floats))
