@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from slim_core.errors import FormatError, InvalidValueError
-from slim_core.files import MODE_SHARED, MODE_WEIGHTS, PathLike, atomic_write, check_input_file
+from slim_core.files import (
+    MODE_SHARED,
+    MODE_WEIGHTS,
+    PathLike,
+    atomic_write,
+    check_input_file,
+    write_bytes,
+)
 from slim_ra import dialects
 
 INDUCTION, ECHO = "prefix_matching", "copying"
@@ -87,13 +94,15 @@ class AlibiWindows:
 Profile = RetrievalHeads | AlibiWindows
 
 
-def write_profile(path: PathLike, profile: Profile) -> None:
+def write_profile(
+    path: PathLike, profile: Profile, *, shape: tuple[int, int] | None = None
+) -> None:
     """Write a profile in the dialect that the ending of ``path`` names.
 
     ``.pt``: ``win.pt``; ALiBi windows shared by all layers, mode 0400, retrieval heads mode 0640.
     ``.layers.pt``: ALiBi windows of each layer with their settings.  ``.json``: heads of each layer
-    (Golden-Stick).  ``.tsv``: a 0/1 pattern (DuoAttention); needs the shape, see
-    :func:`slim_ra.dialects.pattern_text`.
+    (Golden-Stick).  ``.tsv``: a 0/1 pattern (DuoAttention), which needs ``shape``, the number of
+    layers and of KV heads.
 
     Raises
     ------
@@ -111,13 +120,15 @@ def write_profile(path: PathLike, profile: Profile) -> None:
             plain = {INDUCTION: dict(profile.induction), ECHO: dict(profile.echo)}
             _save(path, plain, MODE_SHARED)
     elif name.endswith(".json") and isinstance(profile, RetrievalHeads):
-        text = dialects.heads_json(profile.union())
-        with atomic_write(path, MODE_SHARED) as stream:
-            stream.write(text.encode())
+        write_bytes(path, dialects.heads_json(profile.union()).encode(), MODE_SHARED)
+    elif name.endswith(".tsv") and isinstance(profile, RetrievalHeads) and shape is not None:
+        check_fits(profile.union(), *shape)
+        text = dialects.pattern_text(profile.union(), *shape)
+        write_bytes(path, text.encode(), MODE_SHARED)
     else:
         raise FormatError(
             f"{name} cannot hold {type(profile).__name__}",
-            hint="endings: .pt, .json (heads), .layers.pt (ALiBi windows)",
+            hint="endings: .pt, .json (heads), .tsv (heads, with a shape), .layers.pt (windows)",
         )
 
 

@@ -59,10 +59,12 @@ def select_heads(
     echo_ratio: float,
     min_heads: int = 0,
     needle_ratio: float = 0.0,
+    protect_first_layers: int = 0,
 ) -> RetrievalHeads:
     """Pick induction and echo heads, each by its own share of all KV heads.
 
-    With ``needle_ratio`` the best heads by needle score join the induction heads.
+    With ``needle_ratio`` the best heads by needle score join the induction heads, and so do all
+    heads of ``protect_first_layers`` first layers.
 
     Raises
     ------
@@ -80,6 +82,9 @@ def select_heads(
             layer: sorted({*induction.get(layer, []), *extra.get(layer, [])})
             for layer in sorted({*induction, *extra})
         }
+    check_int("protect_first_layers", protect_first_layers, low=0, high=len(scores.induction))
+    for layer in range(protect_first_layers):
+        induction[layer] = list(range(scores.induction.shape[1]))
     return RetrievalHeads(induction, echo)
 
 
