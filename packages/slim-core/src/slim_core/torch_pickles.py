@@ -68,7 +68,8 @@ class Storage:
             target[:] = self.source[first : first + len(target)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Without slots: with them, dataclasses of early Python 3.10 and 3.11 replace __setstate__.
+@dataclass(frozen=True, eq=False)
 class LazyTensor:
     """A strided view of a storage; offset and strides count elements."""
 
