@@ -247,8 +247,9 @@ def test_an_exception_keeps_the_earlier_output(tmp_path):
     assert (tmp_path / "m.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("size", [MIB, 1000])
 @pytest.mark.parametrize("limit", [None, 4 * MIB])
-def test_a_full_disk_leaves_nothing_behind(tmp_path, limit):
+def test_a_full_disk_leaves_nothing_behind(tmp_path, limit, size):
     """The kernel refuses to let files grow beyond 2 MiB, as a full disk does."""
     code = f"""
         import resource, signal, sys
@@ -259,8 +260,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, ({2 * MIB}, {2 * MIB}))
         try:
             with ShardWriter(sys.argv[1], "m", max_shard_bytes={limit}) as writer:
-                for i in range(20):
-                    writer.add(str(i), np.zeros({MIB}, np.int8))
+                for i in range({20 * MIB // size}):
+                    writer.add(str(i), np.zeros({size}, np.int8))
         except OSError as error:
             print(error.errno, error.filename)
     """

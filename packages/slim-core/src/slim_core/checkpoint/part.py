@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -88,9 +89,9 @@ class PartFile:
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._release()
         self.path.unlink(missing_ok=True)
         self._second_path.unlink(missing_ok=True)
+        self._release()
 
     @property
     def _second_path(self) -> Path:
@@ -136,7 +137,8 @@ class PartFile:
             shutil.copyfileobj(first, second, _COPY_BYTES)
             self._second_path.replace(self.path)
         except BaseException:
-            second.close()
+            with contextlib.suppress(OSError):
+                second.close()
             raise
         first.close()
         return second
@@ -144,7 +146,10 @@ class PartFile:
     def _release(self) -> None:
         for stream in (self._file, *self._odd.values()):
             if stream is not None:
-                stream.close()
+                # Closing writes what is buffered, which fails again where a write has failed; a
+                # finished file has been flushed before.
+                with contextlib.suppress(OSError):
+                    stream.close()
         self._file = None
         self._odd.clear()
         self._buffer = io.BytesIO()

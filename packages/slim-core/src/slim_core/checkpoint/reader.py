@@ -16,14 +16,12 @@ from slim_core.checkpoint.discover import (
     read_json_object,
 )
 from slim_core.checkpoint.safetensors_file import SafetensorsFile
-from slim_core.checkpoint.side_files import find_side_files
+from slim_core.checkpoint.side_files import CONFIG_FILE, find_side_files
 from slim_core.checkpoint.tensor_info import TensorInfo
 from slim_core.checkpoint.torch_shard import TorchShard
 from slim_core.errors import CheckpointError
 from slim_core.files import PathLike, as_path
 from slim_core.validate import did_you_mean
-
-CONFIG_FILE = "config.json"
 
 
 class Shard(Protocol):

@@ -163,7 +163,7 @@ class ShardWriter:
 
     def _part_for(self, name: str, nbytes: int) -> PartFile:
         if self._limit is not None and nbytes >= self._limit:
-            _logger.warning("%s has %d bytes, a shard should have %d", name, nbytes, self._limit)
+            _logger.warning("%s alone has %d bytes, a shard %d", name, nbytes, self._limit)
         current = self._parts[-1] if self._parts else None
         if current is not None and (
             self._limit is None or not current.nbytes or current.nbytes + nbytes < self._limit
