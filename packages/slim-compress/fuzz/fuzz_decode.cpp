@@ -1,0 +1,76 @@
+// Any bytes as a compressed weight: refused or decoded, the same by each instruction set, and never
+// a read or write outside the buffers (ASan watches exact copies of them).
+//
+// Input: u16 length of the index, a control byte, the index, the weight. With bit 0 of the control
+// byte the checksum of the index is made right first, or nothing behind it would ever be reached.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "codec.hpp"
+
+namespace {
+
+using slc1::Container;
+using slc1::Decoder;
+using slc1::Problem;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
+void fix_checksum(std::vector<std::uint8_t>& index) {
+  constexpr std::size_t kAt = 28;
+  if (index.size() < slc1::kHeaderBytes) return;
+  slc1::store(index.data() + kAt, std::uint32_t{0});
+  slc1::store(index.data() + kAt, slc1::kernels().crc32c(index.data(), index.size()));
+}
+
+struct Outcome {
+  std::int64_t tile;
+  const char* reason;
+  std::vector<std::uint8_t> matrix;
+};
+
+Outcome decode(const std::vector<std::uint8_t>& index, const std::vector<std::uint8_t>& weight) {
+  Container container;
+  if (const Problem p = container.open(index.data(), index.size(), weight.size());
+      p.reason != nullptr) {
+    return {p.tile, p.reason, {}};
+  }
+  const std::size_t n = container.header().n;
+  const std::size_t k = container.header().k;
+  constexpr std::size_t kLimit = std::size_t{1} << 22;  // a constant matrix may honestly be huge
+  if (n * k > kLimit) return {-1, nullptr, {}};
+  std::vector<std::uint8_t> matrix(n * k);
+  const slc1::View view{matrix.data(), static_cast<std::ptrdiff_t>(k), 1};
+  const Problem p = Decoder(container, weight.data(), weight.size()).decode(view, 1);
+  return {p.tile, p.reason, p.reason == nullptr ? std::move(matrix) : std::vector<std::uint8_t>()};
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  if (size < 3) return 0;
+  const std::size_t length = std::min<std::size_t>(slc1::load16(data), size - 3);
+  std::vector<std::uint8_t> index(data + 3, data + 3 + length);
+  const std::vector<std::uint8_t> weight(data + 3 + length, data + size);
+  if ((data[2] & 1U) != 0) fix_checksum(index);
+  Outcome expected{};
+  bool first = true;
+  for (const auto* set : slc1::available_kernels()) {
+    slc1::use_kernels(set->name);
+    Outcome found = decode(index, weight);
+    if (first) {
+      expected = std::move(found);
+      first = false;
+      continue;
+    }
+    require(found.tile == expected.tile, "instruction sets name different tiles");
+    require((found.reason == nullptr) == (expected.reason == nullptr), "one set accepts, one not");
+    require(found.matrix == expected.matrix, "instruction sets decode different bytes");
+  }
+  return 0;
+}
