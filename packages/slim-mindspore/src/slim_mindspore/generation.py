@@ -9,6 +9,7 @@ import numpy as np
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.validate import check_float, check_int, check_type
 from slim_mindspore.framework import Tensor, ms
+from slim_mindspore.modes import pynative
 
 
 def generate(
@@ -29,7 +30,7 @@ def generate(
     ----------
     network : Cell
         With ``decode(ids, cache)`` and ``new_cache()``, such as
-        :class:`slim_mindspore.llama.LlamaForCausalLM`; PyNative mode.
+        :class:`slim_mindspore.llama.LlamaForCausalLM`; run in PyNative mode.
     input_ids : array_like of int, shape (batch, length) or (length,)
         Sequences of one length.
     max_new_tokens, max_length : int, optional
@@ -65,20 +66,21 @@ def generate(
     random = np.random.default_rng(seed)
     done = np.zeros(len(tokens), bool)
     step = tokens
-    for _ in range(count):
-        logits = network.decode(Tensor(step.astype(np.int32), ms.int32), cache)
-        last = logits[:, -1].asnumpy().astype(np.float64)
-        if do_sample:
-            new = _sample(last / temperature, top_k, top_p, random)
-        else:
-            new = last.argmax(axis=-1)
-        if eos is not None:
-            new = np.where(done, eos, new)
-            done |= new == eos
-        step = new[:, None]
-        tokens = np.concatenate([tokens, step], axis=1)
-        if done.all():
-            break
+    with pynative():
+        for _ in range(count):
+            logits = network.decode(Tensor(step.astype(np.int32), ms.int32), cache)
+            last = logits[:, -1].asnumpy().astype(np.float64)
+            if do_sample:
+                new = _sample(last / temperature, top_k, top_p, random)
+            else:
+                new = last.argmax(axis=-1)
+            if eos is not None:
+                new = np.where(done, eos, new)
+                done |= new == eos
+            step = new[:, None]
+            tokens = np.concatenate([tokens, step], axis=1)
+            if done.all():
+                break
     return tokens
 
 

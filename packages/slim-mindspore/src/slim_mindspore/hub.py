@@ -72,3 +72,14 @@ def load_llama(path: PathLike, config: LlamaConfig | None = None) -> Any:
     network = LlamaForCausalLM(sizes)
     load_into(network, tensors, str(path))
     return network
+
+
+def load_any(path: PathLike, config: LlamaConfig | None = None) -> Any:
+    """Return a Llama of a float or a quantized checkpoint, whichever is at ``path``.
+
+    Parameters and errors are those of :func:`load_llama` and
+    :func:`slim_mindspore.load.load_quantized`.
+    """
+    from slim_mindspore.load import is_quantized_file, load_quantized
+
+    return load_quantized(path, config) if is_quantized_file(path) else load_llama(path, config)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from slim_core.checkpoint import open_checkpoint
+from slim_core.checkpoint import ShardWriter, open_checkpoint
 from slim_core.errors import CheckpointError
-from slim_core.files import PathLike, as_path
-from slim_mindspore.ckpt import read_ckpt
+from slim_core.files import PathLike, as_path, make_dir
+from slim_mindspore.ckpt import read_ckpt, write_ckpt
 
+WEIGHT_SUFFIXES = (".ckpt", ".safetensors")
 _SHOWN = 8
 
 
@@ -122,6 +123,30 @@ def parameters_of(network: Any) -> dict[str, np.ndarray]:
         else:
             arrays[name] = parameter.asnumpy()
     return arrays
+
+
+def write_tensors(
+    path: PathLike, tensors: Mapping[str, np.ndarray], int4: frozenset[str] = frozenset()
+) -> Path:
+    """Write a ``.ckpt`` or ``.safetensors`` file, mode 0400, creating its directory.
+
+    Parameters
+    ----------
+    path : path
+        Ends in one of ``WEIGHT_SUFFIXES``.
+    tensors : mapping of str to numpy.ndarray
+    int4 : set of str
+        Names of packed tensors that a ``.ckpt`` marks ``Int4``.
+    """
+    file = as_path("path", path)
+    make_dir(file.parent)
+    if file.suffix == ".ckpt":
+        write_ckpt(file, tensors, int4=int4)
+        return file
+    with ShardWriter(file.parent, file.stem) as writer:
+        for name, array in tensors.items():
+            writer.add(name, np.asarray(array))
+    return file
 
 
 def model_dir(path: PathLike) -> Path:

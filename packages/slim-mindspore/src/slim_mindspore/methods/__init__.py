@@ -1,0 +1,1 @@
+"""Quantization algorithms in numpy; they know nothing of networks or files."""
