@@ -5,7 +5,9 @@ Nothing is downloaded: each model is built from its configuration class with a f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +119,60 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     handling them shows.
     """
     return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Factory of model directories: ``tiny_model`` as ``save_pretrained`` writes it, made once.
+
+    Directories are shared by the tests and must not be changed.  That of ``chatglm`` comes with its
+    code, and needs ``trust_remote_code=True``.
+    """
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def save(family: str, **settings: Any) -> Path:
+        key = (family, *sorted(settings.items(), key=str))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family) / "model"
+            save_tiny_model(build_tiny_model(family, **settings), made[key])
+        return made[key]
+
+    return save
+
+
+def save_tiny_model(model: PreTrainedModel, directory: Path) -> None:
+    """Save a model, with its code if transformers does not know it."""
+    if isinstance(model, TinyChatGLM):
+        home = "modeling_tiny_chatglm"
+        model.config.auto_map = {
+            "AutoConfig": f"{home}.TinyChatGLMConfig",
+            "AutoModel": f"{home}.TinyChatGLM",
+            "AutoModelForCausalLM": f"{home}.TinyChatGLM",
+        }
+        directory.mkdir(parents=True)
+        (directory / f"{home}.py").write_text(_REMOTE_HEAD + _remote_code())
+    model.save_pretrained(directory)
+
+
+_REMOTE_HEAD = """from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+VOCAB = 128
+
+
+"""
+
+
+def _remote_code() -> str:
+    parts = (
+        *(TinyChatGLMConfig, GlmRMSNorm, GlmSelfAttention, GlmMLP, GlmBlock, GlmEmbedding),
+        *(GlmTransformer, GlmBase, TinyChatGLM),
+    )
+    return "\n\n".join(inspect.getsource(part) for part in parts)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from slim_core.errors import InvalidTypeError, NumericalError, StructureError
+from slim_core.groups import input_group
 from slim_ptq.structure import (
     LinkKind,
     NormForm,
@@ -280,3 +281,25 @@ def test_a_block_that_gives_nan_is_an_error(tiny_model, capture_block, tiny_ids)
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="output of LlamaDecoderLayer has NaN or infinity"):
         traced(model, capture_block, tiny_ids())
+
+
+def test_layers_that_engines_fuse_read_the_same_tensor(
+    families, tiny_model, capture_block, tiny_ids
+):
+    fused = 0
+    for family in families:
+        _, trace = traced(tiny_model(family), capture_block, tiny_ids())
+        group_of = {name: group for group in trace.groups for name in group}
+        for name in group_of:
+            others = [n for n in group_of if n != name and input_group(n) == input_group(name)]
+            assert set(others) < set(group_of[name]), (family, name)
+            fused += len(others)
+    assert fused > 100
+
+
+def test_a_layer_below_a_router_is_not_quantizable_however_experts_are_kept():
+    block = nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(4, 3)})})
+    block["up"] = nn.Linear(4, 4)
+    assert find_routers(block) == {"router.layer"}
+    assert set(find_linears(block)) == {"up"}
+    assert set(find_linears(block, routers=True)) == {"up", "router.layer"}

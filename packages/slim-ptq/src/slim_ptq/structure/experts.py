@@ -133,11 +133,11 @@ def unfuse_experts(root: nn.Module) -> tuple[str, ...]:
 
 
 def find_fused_experts(root: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that hold all experts of a layer in 3-D parameters."""
+    """Return the names of the modules that hold several experts in one 3-D parameter."""
     return tuple(
         name
         for name, module in root.named_modules()
-        if sum(parameter.ndim == 3 for parameter in module.parameters(recurse=False)) == 2
+        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
         and name
         and "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     )
@@ -149,7 +149,8 @@ def _equivalent(module: nn.Module) -> UnfusedExperts | None:
     named = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
     shapes = _shapes(named, transposed_first=getattr(module, "is_transposed", False))
     roles = _roles(list(signature.parameters))
-    if shapes is None or roles is None:
+    computes = hasattr(module, "_apply_gate") or hasattr(module, "act_fn")
+    if shapes is None or roles is None or not computes:
         return None
     first, down, transposed, gated = shapes
     proof = None if named[first].is_meta else _Proof(module, roles, named[down], transposed)
@@ -169,8 +170,8 @@ def _shapes(
 
     Without a gate both orientations fit; then the one that is tried first is taken.
     """
-    for first, down in itertools.permutations(named):
-        if "down" not in down:
+    for first, down in itertools.permutations(named, 2):
+        if "down" not in down or len(named) != 2:
             continue
         (count, a, b), (count_down, c, d) = named[first].shape, named[down].shape
         orientations = [(False, (a, b), (c, d)), (True, (b, a), (d, c))]

@@ -6,8 +6,9 @@ multimodal models) and turns the names back while saving.  This follows what sav
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def checkpoint_names(model: nn.Module) -> Callable[[str], str]:
         (``q_proj.weight_scale``) get the prefix that its weight has.
     """
     known = _ordinary_names(model)
-    known.update(_expert_names(model))
+    known.update(_expert_names(model, known))
     prefixes = {_parent(name): _parent(saved) for name, saved in known.items()}
 
     def rename(name: str) -> str:
@@ -67,52 +68,73 @@ def _ordinary_names(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _expert_names(model: nn.Module) -> dict[str, str]:
-    """Names of the parameters of unfused experts, found by saving numbered stand-ins."""
-    found: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, UnfusedExperts):
-            continue
-        entries = [
-            (number, name)
-            for number, expert in enumerate(module)
-            for name, _ in expert.named_parameters()
-        ]
-        stand_ins = _stand_ins(module, path)
-        saved = _saved(model, stand_ins)
-        numbered = {int(t.flatten()[0]): name for name, t in saved.items() if t.numel() == 1}
-        for number, name in entries:
-            own = f"{path}.{number}.{name}"
-            label = _label(module, number, name)
-            found[own] = numbered.get(label, _renamed_like(own, path, stand_ins, saved))
+def _expert_names(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
+    """Names of the parameters of unfused experts, found by saving numbered stand-ins.
+
+    Experts that are fused on disk too are named as engines want them, below the same parent.
+    """
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, UnfusedExperts)}
+    stand_ins: dict[str, torch.Tensor] = {}
+    labels: dict[int, str] = {}
+    with contextlib.ExitStack() as stack:
+        for path, module in modules.items():
+            own = _stand_ins(path, module, labels)
+            stack.enter_context(_replaced(model, path, own))
+            stand_ins.update(own)
+        saved = _saved(model, stand_ins) if stand_ins else {}
+    found = {}
+    for path, module in modules.items():
+        saved_path = _saved_path(path, known)
+        for name, _ in module.named_parameters():
+            found[f"{path}.{name}"] = f"{saved_path}.{name}"
+    for name, tensor in saved.items():
+        if tensor.numel() == 1:
+            found[f"{labels[int(tensor)]}.weight"] = name
     return found
 
 
-def _label(module: UnfusedExperts, number: int, name: str) -> int:
-    linear = name.partition(".")[0]
-    part = {"gate_proj": 0, "up_proj": 1 if module.layout.gated else 0, "down_proj": 2}[linear]
-    return 1 + 3 * number + part
+def _saved_path(path: str, known: dict[str, str]) -> str:
+    """Return the path of a module on disk, from a parameter of a module beside it."""
+    parent, leaf = _parent(path), path.rpartition(".")[2]
+    for name, saved in known.items():
+        inside = name[len(parent) :]
+        if name.startswith(f"{parent}.") and saved.endswith(inside):
+            return f"{saved[: -len(inside)]}.{leaf}"
+    return path
 
 
-def _stand_ins(module: UnfusedExperts, path: str) -> dict[str, torch.Tensor]:
-    """Fused weights of the smallest shape whose elements say which expert and part they are."""
-    count = len(module)
-    parts = 2 if module.layout.gated else 1
-    labels = 1 + 3 * torch.arange(count).reshape(count, 1, 1)
-    first = labels + torch.arange(parts).reshape(1, parts, 1)
-    down = labels + 2
-    if module.layout.transposed:
+def _stand_ins(
+    path: str, module: UnfusedExperts, labels: dict[int, str]
+) -> dict[str, torch.Tensor]:
+    """Fused weights of the smallest shape; ``labels`` says which linear layer an element is of."""
+    layout, parts = module.layout, ["up_proj", "down_proj"]
+    if layout.gated:
+        parts.insert(0, "gate_proj")
+    start, count = len(labels), len(module)
+    for number in range(count):
+        for part in parts:
+            labels[len(labels)] = f"{path}.{number}.{part}"
+    numbers = start + torch.arange(count * len(parts)).reshape(count, len(parts), 1)
+    first, down = numbers[:, :-1], numbers[:, -1:]
+    if layout.transposed:
         first = first.transpose(1, 2)
-    return {f"{path}.{module.layout.first}": first, f"{path}.{module.layout.down}": down}
+    return {f"{path}.{layout.first}": first, f"{path}.{layout.down}": down}
 
 
-def _renamed_like(
-    own: str, path: str, stand_ins: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]
-) -> str:
-    """Name an expert's parameter where the checkpoint holds fused ones: below their parent."""
-    parents = {_parent(name) for name in saved}
-    parent = parents.pop() if len(parents) == 1 and len(saved) == len(stand_ins) else path
-    return parent + own[len(path) :]
+@contextlib.contextmanager
+def _replaced(model: nn.Module, path: str, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Put a module with these parameters at ``path``: some conversions ask for their shapes."""
+    shell = nn.Module()
+    for name, tensor in tensors.items():
+        leaf = name.rpartition(".")[2]
+        shell.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    parent, leaf = model.get_submodule(_parent(path)), path.rpartition(".")[2]
+    own = getattr(parent, leaf)
+    setattr(parent, leaf, shell)
+    try:
+        yield
+    finally:
+        setattr(parent, leaf, own)
 
 
 def _saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -34,9 +34,10 @@ def find_routers(root: nn.Module) -> frozenset[str]:
     """Return the names of the modules below ``root`` that choose or weigh experts.
 
     A router stands beside a list (or fused module) of ``E`` experts and has a weight ``[E, in]``;
-    the gate of a shared expert has ``[1, in]``.
+    the gate of a shared expert has ``[1, in]``.  A linear layer below a module called ``router`` is
+    one too, however the experts are kept.
     """
-    routers: set[str] = set()
+    routers = {n for n, m in root.named_modules() if is_linear(m) and "router" in n.split(".")}
     for name, module in root.named_modules():
         count = _expert_count(module)
         if count is not None:
@@ -54,7 +55,7 @@ def is_router(name: str, root: nn.Module) -> bool:
 def _expert_count(module: nn.Module) -> int | None:
     """Return the number of experts that ``module`` directly holds, or None."""
     for name, child in module.named_children():
-        if "expert" in name:
+        if "expert" in f"{name} {type(child).__name__}".lower():
             if isinstance(child, nn.ModuleList) and len(child) and not is_linear(child[0]):
                 return len(child)
             stacked = [p.shape[0] for p in child.parameters() if p.ndim == 3]
@@ -68,7 +69,7 @@ def _routers_in(prefix: str, child: nn.Module, count: int) -> Iterator[str]:
     weighted = [
         (f"{prefix}.{name}" if name else prefix, module)
         for name, module in child.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.ndim >= 2
+        if getattr(module, "weight", None) is not None and module.weight.ndim == 2
     ]
     if len(weighted) == 1 and weighted[0][1].weight.shape[0] in (1, count):
         yield weighted[0][0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ INT8_ROWS = TensorScheme(INT8, Granularity.PER_CHANNEL)
 INT8_TENSOR = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
 STEPS = 20
 MOST_READERS = 8
+MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class ThresholdSmooth:
         stats : ChannelStats
             Of what the readers read, with tokens.
         weights : sequence of torch.Tensor
-            Weights ``[out, in]`` of the readers that will be quantized; of many (experts) the
-            errors are measured on a few, evenly chosen.
+            Weights ``[out, in]`` of the readers that will be quantized; of many readers (experts)
+            and of many rows the errors are measured on some, evenly chosen.
         """
-        chosen = [weight.float() for weight in weights[:: -(-len(weights) // MOST_READERS)]]
+        chosen = [_some(weight, MOST_ROWS).float() for weight in _some(weights, MOST_READERS)]
         best, least = torch.ones(link.width), float("inf")
         for per_input in self._candidates(stats, column_absmax(weights)):
             scales = link.to_source(per_input)
@@ -118,3 +120,8 @@ class ThresholdSmooth:
         scale, offset = affine_params(low.float(), high.float(), self.activation)
         codes = quantize(tokens, scale, offset, dtype)
         return dequantize(codes, scale, offset)  # type: ignore[no-any-return]
+
+
+def _some(items: Any, most: int) -> Any:
+    """Return every so-many-th item, ``most`` or fewer."""
+    return items[:: -(-len(items) // most)]
