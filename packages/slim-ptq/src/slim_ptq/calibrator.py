@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from slim_core.dtypes import FLOAT_NAMES
-from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueError, StructureError
+from slim_core.errors import (
+    CalibrationError,
+    InvalidTypeError,
+    InvalidValueError,
+    PlanError,
+    StructureError,
+)
+from slim_core.formats import FORMATS
 from slim_core.groups import is_expert
 from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
@@ -104,6 +111,7 @@ class Calibrator:
         if not self._linears:
             raise StructureError(f"{type(model).__name__} has no linear layer")
         self._schemes = self._resolve(level, mix)
+        self._check_shapes()
         if any(scheme.is_static for scheme in self._schemes.values()) and not self._samples:
             raise CalibrationError(
                 "calib_data is empty, and static activation quantization needs samples",
@@ -196,6 +204,17 @@ class Calibrator:
             name: FLOAT if name in floats else mixed.get(name) or self._default(name)
             for name in names
         }
+
+    def _check_shapes(self) -> None:
+        """Require that every layer can be held by the formats: group sizes divide."""
+        problems = []
+        for name, scheme in self._schemes.items():
+            rows, columns = weight_of(self._linears[name]).shape
+            reason = FORMATS["safe_tensor"].unsupported(scheme, (rows, columns))
+            if reason is not None:
+                problems.append(f"{name} cannot be {scheme}: {reason}")
+        if problems:
+            raise PlanError(problems, hint="name these layers in disable_names")
 
     def _default(self, name: str) -> QuantScheme:
         """Return the scheme of the configuration; per-token for experts, as engines run them."""

@@ -58,7 +58,8 @@ def _derive(config: QuantConfig, target: str) -> QuantScheme:
     if target == "float":
         return FLOAT
     try:
-        return config.derive(**_CHANGES[target]).scheme()
+        # Per-group weights have set mm_tensor, which the derived configuration keeps.
+        return config.derive(**_CHANGES[target], mm_tensor=config.mm_tensor).scheme()
     except SlimError as error:
         raise InvalidValueError(
             f"mix_cfg asks for {target!r}, which does not go with the "

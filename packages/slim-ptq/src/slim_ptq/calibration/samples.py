@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from slim_core.errors import CalibrationError, InvalidTypeError
+from slim_core.errors import CalibrationError, InvalidTypeError, SlimError
 from slim_core.progress import track
 
 Sample = list[Any] | dict[str, Any]
@@ -49,7 +50,7 @@ def feed(model: nn.Module, samples: Sequence[Sample], description: str) -> Itera
     CalibrationError
         The model does not take the sample: a wrong argument, a token that it does not know.
     """
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     for index, sample in enumerate(track(samples, description)):
         try:
             with torch.no_grad():
@@ -57,7 +58,9 @@ def feed(model: nn.Module, samples: Sequence[Sample], description: str) -> Itera
                     model(**{key: _to(value, device) for key, value in sample.items()})
                 else:
                     model(*(_to(value, device) for value in sample))
-        except (TypeError, IndexError, AttributeError) as error:
+        except SlimError:
+            raise
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise CalibrationError(
                 f"calib_data[{index}]: {type(model).__name__} cannot run on it: {error}",
                 hint="a list is called as model(*sample), a dict as model(**sample)",
