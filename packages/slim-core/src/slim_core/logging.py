@@ -1,7 +1,8 @@
-"""Logging of the slim packages: one logger tree, silent until a program asks for output.
+"""Logging of the slim packages: one logger tree, set up only by a program that asks for output.
 
 Libraries get a child of the ``slim`` logger with :func:`get_logger`.  Importing installs no
-handler; scripts and command lines call :func:`set_logger_level`.
+handler, so Python's defaults hold: warnings and errors go to standard error, the rest is dropped.
+Scripts and command lines call :func:`set_logger_level`.
 """
 
 from __future__ import annotations

@@ -27,12 +27,16 @@ _PER_TOKEN_INT8 = QuantScheme.parse("w8a8_dynamic").activation
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One linear layer: its weight shape (out, in), its scheme, and why it has that scheme."""
+    """One linear layer: its weight shape (out, in), its scheme, and why it has that scheme.
+
+    ``asked`` is False where the scheme is another one than the recipe asks for.
+    """
 
     name: str
     shape: Shape
     scheme: QuantScheme
     reason: str
+    asked: bool = True
 
     def nbytes(self, model_dtype: str) -> int:
         """Return the estimated bytes of the stored layer without its float bias."""
@@ -184,10 +188,10 @@ def _resolve(
         elif name in ruled:
             yield LayerPlan(name, shape, schemes[ruled[name]], f"rule {ruled[name]!r}")
         elif is_router(name):
-            yield LayerPlan(name, shape, FLOAT, "a router stays in float")
+            yield LayerPlan(name, shape, FLOAT, "a router stays in float", asked=False)
         elif is_expert(name) and recipe.scheme.is_static:
             scheme = dynamic_variant(recipe.scheme)
-            yield LayerPlan(name, shape, scheme, "experts have no static kernel")
+            yield LayerPlan(name, shape, scheme, "experts have no static kernel", asked=False)
         else:
             yield LayerPlan(name, shape, recipe.scheme, "recipe")
 

@@ -208,7 +208,7 @@ def _report(
         bytes_after=_weight_bytes(staging),
         calibration=None if job.data is None else job.data.to_dict(),
         fallbacks=tuple(
-            (layer.name, layer.reason) for layer in plan.layers if layer.scheme != job.recipe.scheme
+            (layer.name, layer.reason) for layer in plan.layers if not layer.asked
         ),
         seconds={stage: round(value, 3) for stage, value in clock.seconds.items() if value >= 1e-3},
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,

@@ -30,8 +30,8 @@ _LAYER_TENSORS = (
 class FakeQuantLinear(nn.Module):
     """Linear layer on integer codes.
 
-    * static activations: ``y = (q_x @ codes.T + quant_bias) * deq_scale``, the integer products
-      held in float32 (exact up to 2**24)
+    * static activations: ``y = (q_x @ codes.T + quant_bias) * deq_scale``, the integer sums held
+      in float32 (exact up to 2**24, beyond that to its rounding)
     * per-token activations: ``y = (q_x @ codes.T) * s_x * s_w + bias``
     * float activations: ``y = x @ ((codes - z_w) * s_w).T + bias``
 

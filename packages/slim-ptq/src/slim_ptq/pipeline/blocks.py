@@ -20,6 +20,7 @@ from slim_ptq.calibration.capture import (
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.inventory import Inventory
 from slim_ptq.loading import load_on_use, load_parameters, unload_parameters
+from slim_ptq.memory import trim
 
 Watch = Callable[[torch.Tensor], None]
 
@@ -71,6 +72,7 @@ class BlockRunner:
             yield block
         finally:
             unload_parameters(block)
+            trim()
 
     def example(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a block for the first batch."""
@@ -89,17 +91,18 @@ class BlockRunner:
         Parameters
         ----------
         watches : mapping
-            Called with the input of the layers of these local names, three axes always in the
-            order (rows, tokens, channels).
+            Called with the input of the layers of these local names: (rows, tokens, channels), or
+            (tokens, channels) of an expert.
 
         Raises
         ------
         NumericalError
             The output of the block is NaN or infinite.
         """
+        hidden = self._calls[0].hidden
 
         def hook(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _module, inputs: watch(self._rows_first(inputs[0]))
+            return lambda _module, inputs: watch(self._by_rows(inputs[0], hidden))
 
         handles = [
             block.get_submodule(name).register_forward_pre_hook(hook(watch))
@@ -108,6 +111,7 @@ class BlockRunner:
         try:
             with torch.no_grad():
                 for calls in self._calls:
+                    hidden = calls.hidden
                     calls.hidden = calls.run(block, index)
         finally:
             for handle in handles:
@@ -139,8 +143,14 @@ class BlockRunner:
                 if path:
                     unload_parameters(module)
 
-    def _rows_first(self, x: torch.Tensor) -> torch.Tensor:
-        """Undo the order (tokens, rows, channels) in which ChatGLM and others compute."""
+    def _by_rows(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` as (rows, tokens, channels) if it has a vector for every token of a batch.
+
+        Undoes the flattening in mixtures of experts, and the order (tokens, rows, channels) in
+        which ChatGLM and others compute.
+        """
+        if x.ndim == 2 and x.shape[0] == hidden.shape[:-1].numel():
+            x = x.reshape(*hidden.shape[:-1], x.shape[-1])
         return x.transpose(0, 1) if self._sequence_first and x.ndim == 3 else x
 
     def _load_outside_on_use(self) -> list[Any]:

@@ -94,7 +94,12 @@ def plan_with_fallback(
     return replace(
         plan,
         layers=tuple(
-            replace(layer, scheme=FLOAT, reason=f"fallback: range_param {spread[layer.name]:.1f}")
+            replace(
+                layer,
+                scheme=FLOAT,
+                reason=f"fallback: range_param {spread[layer.name]:.1f}",
+                asked=False,
+            )
             if layer.name in chosen
             else layer
             for layer in plan.layers

@@ -1,0 +1,74 @@
+"""What W8A8 calibration costs beyond the bare float forward passes on the same data.
+
+The bare passes run the same blocks on the same batches, without observers, quantization or files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from _common import best_of, save, write_llama
+from transformers import AutoModelForCausalLM
+
+from slim_core.checkpoint import open_checkpoint
+from slim_ptq import quantize
+from slim_ptq.calibration.text import CalibrationData, windows
+from slim_ptq.inventory import take_inventory
+from slim_ptq.pipeline.blocks import BlockRunner
+
+COMMAND = "nox -s bench-slim-ptq"
+SAMPLES, LENGTH = 16, 512
+
+
+def main() -> None:
+    """Measure and save."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 2000, (SAMPLES * LENGTH,), generator=generator).tolist()
+    data = CalibrationData(windows(ids, SAMPLES, LENGTH, 4), "random ids")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        nbytes = write_llama(root / "model", layers=4, hidden=1024, inter=2816)
+        model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
+
+        def whole_model() -> None:
+            with torch.no_grad():
+                for batch in data.batches:
+                    model.model(batch, use_cache=False)
+
+        def blockwise() -> None:
+            checkpoint = open_checkpoint(root / "model")
+            runner = BlockRunner(checkpoint, take_inventory(checkpoint), data, torch.device("cpu"))
+            for index in range(len(runner)):
+                with runner.loaded(index) as block:
+                    runner.advance(block, index, {})
+
+        def quantized(observer: str) -> None:
+            from slim_core.recipe import Recipe
+
+            recipe = Recipe.build(scheme="w8a8", observer=observer)
+            target = root / "out"
+            quantize(root / "model", target, recipe=recipe, calibration=data, overwrite=True)
+
+        seconds = {
+            "bare forward passes": best_of(whole_model),
+            "forward passes block by block, read from disk": best_of(blockwise),
+            "quantize w8a8, mean_minmax, all included": best_of(lambda: quantized("mean_minmax")),
+            "quantize w8a8, histogram, all included": best_of(lambda: quantized("histogram")),
+        }
+    bare = seconds["bare forward passes"]
+    save(
+        "calibration",
+        COMMAND,
+        {
+            "question": f"time against bare forwards, {SAMPLES} x {LENGTH} tokens, best of 3",
+            "model_gigabytes": nbytes / 1e9,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "ratio_to_bare": {name: round(value / bare, 3) for name, value in seconds.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

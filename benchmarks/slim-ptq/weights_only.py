@@ -1,0 +1,62 @@
+"""How fast weights-only W8A16 is, against a plain file copy and against optimum-quanto.
+
+All three read the same random bfloat16 Llama and leave a complete directory on the same disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from _common import best_of, save, write_llama
+from optimum.quanto import QuantizedModelForCausalLM, qint8
+from transformers import AutoModelForCausalLM
+
+from slim_ptq import quantize
+
+COMMAND = "nox -s bench-slim-ptq"
+
+
+def with_quanto(model: Path, output: Path) -> None:
+    """Quantize the linear layers with optimum-quanto and save, as its documentation shows."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    quantized = QuantizedModelForCausalLM.quantize(loaded, weights=qint8, exclude="lm_head")
+    quantized.save_pretrained(output)
+
+
+def main() -> None:
+    """Measure and save."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        nbytes = write_llama(root / "model", layers=8, hidden=2048, inter=5632)
+
+        def fresh(name: str) -> Path:
+            shutil.rmtree(root / name, ignore_errors=True)
+            return root / name
+
+        seconds = {
+            "file copy": best_of(lambda: shutil.copytree(root / "model", fresh("copy"))),
+            "slim-ptq w8a16": best_of(
+                lambda: quantize(root / "model", fresh("slim"), scheme="w8a16")
+            ),
+            "optimum-quanto qint8": best_of(lambda: with_quanto(root / "model", fresh("quanto"))),
+        }
+    rates = {name: nbytes / value / 1e9 for name, value in seconds.items()}
+    save(
+        "weights_only",
+        COMMAND,
+        {
+            "question": "gigabytes of bfloat16 weights a second, one core, best of 3",
+            "model_gigabytes": nbytes / 1e9,
+            "gigabytes_per_second": {name: round(rate, 3) for name, rate in rates.items()},
+            "slim_over_copy": round(rates["slim-ptq w8a16"] / rates["file copy"], 3),
+            "slim_over_quanto": round(rates["slim-ptq w8a16"] / rates["optimum-quanto qint8"], 2),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
