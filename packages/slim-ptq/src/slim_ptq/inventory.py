@@ -83,6 +83,8 @@ def take_inventory(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
                 hint=f"it has {len(checkpoint.tensors)} tensors, such as "
                 + ", ".join(list(checkpoint.tensors)[:3]),
             )
+        if len(stored.shape) != 2:
+            raise CheckpointError(f"{name}.weight must be a matrix, not of shape {stored.shape}")
         rows, columns = stored.shape
         if is_conv1d(module):
             transposed.add(name)
