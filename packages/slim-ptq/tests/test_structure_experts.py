@@ -73,6 +73,8 @@ def test_every_layout_of_fused_experts_is_reproduced(transposed, interleaved, de
     torch.testing.assert_close(
         holder.experts(states, index, weights), fused(states, index, weights), rtol=1e-5, atol=1e-5
     )
+    for name, tensor in holder.experts.fused().items():
+        assert torch.equal(tensor, fused.get_parameter(name))
     names = {"down_proj", "up_proj"} | ({"gate_proj"} if gated else set())
     assert set(find_linears(holder)) == {f"experts.{e}.{n}" for e in range(5) for n in names}
     assert holder.experts[2].down_proj.weight.untyped_storage().data_ptr() == (

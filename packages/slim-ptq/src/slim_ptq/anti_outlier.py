@@ -29,6 +29,7 @@ from slim_ptq.structure import (
     LinkKind,
     find_blocks,
     find_linears,
+    fused_state_dict,
     named_sample,
     trace_block,
     unfuse_experts,
@@ -117,6 +118,15 @@ class AntiOutlier:
             raise InvalidValueError("the model was processed already")
         training = self.model.training
         self.model.eval().to(self.cfg.device)
+        try:
+            self.result = self._process()
+        finally:
+            self.model.train(training)
+        for item in self.result.skipped:
+            _log.warning("%s is not smoothed: %s", item.source, item.reason)
+        _log.info("%d links smoothed with %s", len(self.result.scaled), self.cfg.anti_method)
+
+    def _process(self) -> AntiOutlierResult:
         unfuse_experts(self.model)
         method = self.cfg.method()
         scaled: list[SuppressedLink] = []
@@ -136,18 +146,15 @@ class AntiOutlier:
                 block = self.model.get_submodule(name)
                 done = suppress_block(block, links, statistics, method, prefix=name)
                 scaled.extend(_full(name, link) for link in done)
-        self.model.train(training)
-        for item in skipped:
-            _log.warning("%s is not smoothed: %s", item.source, item.reason)
-        _log.info("%d links smoothed with %s", len(scaled), self.cfg.anti_method)
-        self.result = AntiOutlierResult(tuple(scaled), tuple(skipped))
+        return AntiOutlierResult(tuple(scaled), tuple(skipped))
 
     def save_model(self, path: str) -> None:
         """Save the float model, outliers suppressed, with ``save_pretrained``."""
-        self.model.save_pretrained(path)  # type: ignore[operator]
+        state = fused_state_dict(self.model)  # experts as the model class expects them
+        self.model.save_pretrained(path, state_dict=state)  # type: ignore[operator]
 
     def _traces(self) -> Iterator[tuple[str, BlockTrace]]:
-        """Yield the trace of each block on what the first sample gives it."""
+        """Yield the trace of each block on what the shortest sample gives it."""
         calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
         def catch(name: str) -> Any:
@@ -161,7 +168,8 @@ class AntiOutlier:
             for name in self._blocks
         ]
         try:
-            for _ in feed(self.model, self._samples[:1], "Running the first sample"):
+            shortest = min(self._samples, key=_size)
+            for _ in feed(self.model, [shortest], "Running one sample"):
                 pass
         finally:
             for handle in handles:
@@ -195,6 +203,11 @@ class AntiOutlier:
                 skipped.append(_skip(block, link, f"another module shares the weight of {tied[0]}"))
             else:
                 yield link
+
+
+def _size(sample: list[Any] | dict[str, Any]) -> int:
+    items = sample.values() if isinstance(sample, dict) else sample
+    return sum(item.numel() for item in items if isinstance(item, torch.Tensor))
 
 
 def _skip(block: str, link: Link, reason: str) -> SkippedLink:

@@ -2,7 +2,12 @@
 
 from slim_ptq.structure.blocks import find_blocks
 from slim_ptq.structure.calls import named_sample
-from slim_ptq.structure.experts import UnfusedExperts, find_fused_experts, unfuse_experts
+from slim_ptq.structure.experts import (
+    UnfusedExperts,
+    find_fused_experts,
+    fused_state_dict,
+    unfuse_experts,
+)
 from slim_ptq.structure.linears import as_linear, bias_of, is_linear, weight_of
 from slim_ptq.structure.links import Link, LinkKind, NormForm, RejectedLink, Target
 from slim_ptq.structure.names import checkpoint_names
@@ -24,6 +29,7 @@ __all__ = [
     "find_fused_experts",
     "find_linears",
     "find_routers",
+    "fused_state_dict",
     "is_linear",
     "is_router",
     "named_sample",

@@ -8,51 +8,24 @@ from its shapes and then proved: the replacement must compute the same as the or
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from slim_core.logging import get_logger
-
-Combine = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+from slim_ptq.structure.fused import (
+    Combine,
+    FusedLayout,
+    Proof,
+    argument_roles,
+    gate_function,
+    weight_shapes,
+)
 
 logger = get_logger("ptq.structure")
-
-
-@dataclass(frozen=True)
-class FusedLayout:
-    """How a fused experts module keeps its weights and is called.
-
-    Parameters
-    ----------
-    first, down : str
-        Names of the 3-D parameters of the first and the last projection.
-    transposed : bool
-        Weights are ``[E, in, out]`` rather than ``[E, out, in]``.
-    gated : bool
-        The first projection holds a gate and an up projection.
-    interleaved : bool
-        Its output channels are gate 0, up 0, gate 1, ... rather than all gates, then all ups.
-    dense : bool
-        Routing weights come as ``[tokens, E]`` rather than ``[tokens, top_k]``.
-    roles : tuple of str
-        Names of the arguments for the hidden states, the expert numbers and the routing weights.
-    """
-
-    first: str
-    down: str
-    transposed: bool
-    gated: bool
-    interleaved: bool
-    dense: bool
-    roles: tuple[str, str, str]
 
 
 class Expert(nn.Module):
@@ -85,6 +58,26 @@ class UnfusedExperts(nn.ModuleList):
         super().__init__(experts)
         self.layout = layout
         self.signature = signature
+
+    def fused(self) -> dict[str, torch.Tensor]:
+        """Return copies of the weights and biases in the layout of the module that was replaced."""
+        layout = self.layout
+        first = ["gate_proj", "up_proj"] if layout.gated else ["up_proj"]
+        out = {}
+        for name, linears in ((layout.first, first), (layout.down, ["down_proj"])):
+            for kind, suffix in (("weight", ""), ("bias", "_bias")):
+                if getattr(self[0].get_submodule(linears[0]), kind) is not None:
+                    rows = [self._joined(expert, linears, kind) for expert in self]
+                    stacked = torch.stack(rows)
+                    swap = layout.transposed and kind == "weight"
+                    out[name + suffix] = stacked.mT.contiguous() if swap else stacked
+        return out
+
+    def _joined(self, expert: nn.Module, linears: list[str], kind: str) -> torch.Tensor:
+        parts = [expert.get_parameter(f"{linear}.{kind}").detach() for linear in linears]
+        if self.layout.interleaved and len(parts) > 1:
+            return torch.stack(parts, dim=1).flatten(0, 1)
+        return torch.cat(parts)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the sum of the experts' outputs, weighted as routed, shaped as the input."""
@@ -132,6 +125,16 @@ def unfuse_experts(root: nn.Module) -> tuple[str, ...]:
     return tuple(replaced)
 
 
+def fused_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a model as it would be without :func:`unfuse_experts`."""
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, UnfusedExperts):
+            state = {n: t for n, t in state.items() if not n.startswith(f"{path}.")}
+            state.update({f"{path}.{name}": tensor for name, tensor in module.fused().items()})
+    return state
+
+
 def find_fused_experts(root: nn.Module) -> tuple[str, ...]:
     """Return the names of the modules that hold several experts in one 3-D parameter."""
     return tuple(
@@ -147,56 +150,30 @@ def _equivalent(module: nn.Module) -> UnfusedExperts | None:
     """Return the proved replacement of a fused experts module, or None."""
     signature = inspect.signature(module.forward)
     named = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    shapes = _shapes(named, transposed_first=getattr(module, "is_transposed", False))
-    roles = _roles(list(signature.parameters))
-    computes = hasattr(module, "_apply_gate") or hasattr(module, "act_fn")
-    if shapes is None or roles is None or not computes:
+    shapes = weight_shapes(named, transposed_first=getattr(module, "is_transposed", False))
+    roles = argument_roles(list(signature.parameters))
+    if shapes is None or roles is None:
         return None
     first, down, transposed, gated = shapes
-    proof = None if named[first].is_meta else _Proof(module, roles, named[down], transposed)
+    proof = None if named[first].is_meta else Proof(module, roles, named[down], transposed)
     stated = not getattr(module, "is_concatenated", True)  # a gate function hides the order
     for interleaved, dense in itertools.product((stated, not stated), (False, True)):
         layout = FusedLayout(first, down, transposed, gated, interleaved, dense, roles)
-        candidate = _unfuse(module, layout, signature)
+        combine = gate_function(module, layout)
+        if combine is None:
+            return None
+        candidate = UnfusedExperts(_experts(module, layout, combine), layout, signature)
+        candidate.train(module.training)
         if proof is None or proof.accepts(candidate):
             return candidate
     return None
 
 
-def _shapes(
-    named: dict[str, nn.Parameter], *, transposed_first: bool
-) -> tuple[str, str, bool, bool] | None:
-    """Return (first, down, transposed, gated) of the two weights, or None if they do not fit.
-
-    Without a gate both orientations fit; then the one that is tried first is taken.
-    """
-    for first, down in itertools.permutations(named, 2):
-        if "down" not in down or len(named) != 2:
-            continue
-        (count, a, b), (count_down, c, d) = named[first].shape, named[down].shape
-        orientations = [(False, (a, b), (c, d)), (True, (b, a), (d, c))]
-        orientations.sort(key=lambda item: item[0] is not transposed_first)
-        for transposed, (wide, into), (out, narrow) in orientations:
-            if count == count_down and into == out and wide in (narrow, 2 * narrow):
-                return first, down, transposed, wide == 2 * narrow
-    return None
-
-
-def _roles(names: list[str]) -> tuple[str, str, str] | None:
-    """Tell the states, expert numbers and routing weights apart among argument names."""
-    index = [name for name in names if "ind" in name]
-    weights = [name for name in names if "weight" in name or "score" in name]
-    hidden = [name for name in names if "hidden" in name or name in ("x", "inputs")]
-    if len(names) == 3 and len(index) == len(weights) == len(hidden) == 1:
-        return hidden[0], index[0], weights[0]
-    return None
-
-
-def _unfuse(module: nn.Module, layout: FusedLayout, signature: inspect.Signature) -> UnfusedExperts:
+def _experts(module: nn.Module, layout: FusedLayout, combine: Combine) -> list[Expert]:
+    """Return linear layers over the memory of a fused module's weights."""
     first, down = getattr(module, layout.first), getattr(module, layout.down)
     first_bias = getattr(module, f"{layout.first}_bias", None)
     down_bias = getattr(module, f"{layout.down}_bias", None)
-    combine = _combine(module, layout)
     experts = []
     for number in range(first.shape[0]):
         weights = [_rows(t, number, layout.transposed) for t in (first, down)]
@@ -209,8 +186,8 @@ def _unfuse(module: nn.Module, layout: FusedLayout, signature: inspect.Signature
                 for name, part in zip(("gate_proj", "up_proj"), parts, strict=True)
             }
         linears["down_proj"] = _linear(weights[1], biases[1])
-        experts.append(Expert(linears, combine).train(module.training))
-    return UnfusedExperts(experts, layout, signature).train(module.training)
+        experts.append(Expert(linears, combine))
+    return experts
 
 
 def _rows(stacked: torch.Tensor, number: int, transposed: bool) -> torch.Tensor:
@@ -230,90 +207,3 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-def _combine(module: nn.Module, layout: FusedLayout) -> Combine:
-    """Return what turns the outputs of up and gate into the input of down."""
-    own: Any = getattr(type(module), "_apply_gate", None)
-    if layout.gated and own is not None and own.__name__ == "_apply_gate":
-        shell = copy.copy(module)
-        shell._parameters = {}
-        return _OwnGate(own, shell, layout.interleaved)
-    return _Activation(module.act_fn)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _Activation:
-    """The usual gate: ``act(gate) * up``, or ``act(up)`` where there is no gate."""
-
-    act: Callable[[torch.Tensor], torch.Tensor]
-
-    def __call__(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return self.act(up) if gate is None else self.act(gate) * up
-
-
-@dataclass(frozen=True)
-class _OwnGate:
-    """The gate function that a fused module class defines, on the joined projections."""
-
-    function: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    shell: nn.Module
-    interleaved: bool
-
-    def __call__(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        parts = [up] if gate is None else [gate, up]
-        joined = torch.stack(parts, -1).flatten(-2) if self.interleaved else torch.cat(parts, -1)
-        return self.function(self.shell, joined)
-
-
-@contextlib.contextmanager
-def _plainly(module: nn.Module) -> Iterator[None]:
-    """Let the module use its own forward instead of a grouped kernel, which not all types have."""
-    config, training = getattr(module, "config", None), module.training
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen is not None:
-        config._experts_implementation = "eager"  # type: ignore[union-attr]
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-        if chosen is not None:
-            config._experts_implementation = chosen  # type: ignore[union-attr]
-
-
-class _Proof:
-    """Outputs of the fused module on random tokens, each routed to all experts."""
-
-    TOKENS = 4
-
-    def __init__(
-        self,
-        module: nn.Module,
-        roles: tuple[str, str, str],
-        down: torch.Tensor,
-        transposed: bool,
-    ) -> None:
-        count, width = down.shape[0], down.shape[2 if transposed else 1]
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator).to(down.device, down.dtype)
-
-        order = torch.stack(
-            [torch.randperm(count, generator=generator) for _ in range(self.TOKENS)]
-        )
-        states = random(1, self.TOKENS, width)[0] - 0.5
-        self.arguments = dict(
-            zip(roles, (states, order.to(down.device), random(self.TOKENS, count)), strict=True)
-        )
-        with torch.no_grad(), _plainly(module):
-            self.expected = module(**self.arguments).float().reshape(self.TOKENS, width)
-        relative = max(8 * torch.finfo(down.dtype).eps, 1e-5)
-        self.tolerance = relative * float(self.expected.abs().max())
-
-    def accepts(self, candidate: UnfusedExperts) -> bool:
-        """Tell whether the candidate gives the same output to rounding."""
-        with torch.no_grad():
-            found = candidate(**self.arguments).float()
-        return float((found - self.expected).abs().max()) <= self.tolerance

@@ -53,7 +53,8 @@ def trace_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     block : nn.Module
         A decoder block in floating point; it is left as it was.
     args, kwargs
-        What the model calls it with; they are not changed either.
+        What the model calls it with; they are not changed either.  A few tokens are enough: time
+        and memory grow with their number.
 
     Raises
     ------
