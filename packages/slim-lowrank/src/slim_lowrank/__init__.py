@@ -14,21 +14,37 @@ from slim_lowrank.__about__ import __version__
 
 if TYPE_CHECKING:
     from slim_lowrank.compat import Decompose
+    from slim_lowrank.decomposer import Budget, Decomposer, output_loss
     from slim_lowrank.helpers import count_parameters, safe_torch_load, safe_torch_save
+    from slim_lowrank.merging import merge
+    from slim_lowrank.pretrained import load_pretrained, save_pretrained
 
 _TORCH_NAMES = {
+    "Budget": "decomposer",
+    "Decomposer": "decomposer",
+    "output_loss": "decomposer",
     "Decompose": "compat",
+    "load_pretrained": "pretrained",
+    "merge": "merging",
+    "save_pretrained": "pretrained",
     "count_parameters": "helpers",
     "safe_torch_load": "helpers",
     "safe_torch_save": "helpers",
 }
+_EXTRAS = {"torch": "torch", "transformers": "hf", "accelerate": "hf"}
 
 __all__ = [
+    "Budget",
     "Decompose",
+    "Decomposer",
     "__version__",
     "count_parameters",
+    "load_pretrained",
+    "merge",
+    "output_loss",
     "safe_torch_load",
     "safe_torch_save",
+    "save_pretrained",
     "set_logger_level",
 ]
 
@@ -39,9 +55,10 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_TORCH_NAMES[name]}")
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
             raise
         raise MissingDependencyError(
-            f"slim_lowrank.{name} needs torch", hint="pip install 'slim-lowrank[torch]'"
+            f"slim_lowrank.{name} needs {error.name}", hint=f"pip install 'slim-lowrank[{extra}]'"
         ) from error
     return getattr(module, name)

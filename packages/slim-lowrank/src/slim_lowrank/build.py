@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from slim_lowrank.factorize import Array
 from slim_lowrank.layers import Layer
-from slim_lowrank.modules import FactoredConv, FactoredEmbedding, FactoredLinear, PivotLinear
+from slim_lowrank.modules import (
+    FactoredConv,
+    FactoredEmbedding,
+    FactoredHFConv1D,
+    FactoredLinear,
+    PivotLinear,
+)
 from slim_lowrank.table import LayerRanks
 
 _CONVS: dict[int, type[Any]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -31,11 +37,14 @@ class Factors:
         Bias of the last factor, ``(out,)``.
     order : array or None
         For a pivot layer: ``[pivot; rest][order]`` are the outputs in their own order.
+    error : float or None
+        Predicted relative error of the outputs, of the weight itself where there was no data.
     """
 
     weights: tuple[Array, ...]
     bias: Array | None = None
     order: Array | None = None
+    error: float | None = None
 
 
 def build(layer: Layer, ranks: LayerRanks) -> nn.Module:
@@ -54,7 +63,8 @@ def build(layer: Layer, ranks: LayerRanks) -> nn.Module:
         module = _build_embedding(cast(nn.Embedding, source), ranks, place)
     elif layer.is_matrix:
         (rank,), (out, inp) = ranks.ranks, ranks.shape
-        module = FactoredLinear(
+        cls = FactoredHFConv1D if layer.kind == "hf_conv1d" else FactoredLinear
+        module = cls(
             nn.Linear(inp, rank, bias=False, **place),
             nn.Linear(rank, out, bias=ranks.bias, **place),
         )

@@ -36,6 +36,10 @@ class FactoredLinear(nn.Sequential):
         return _bias(self[-1])
 
 
+class FactoredHFConv1D(FactoredLinear):
+    """The same in the place of a transformers ``Conv1D``, whose dense weight is ``(in, out)``."""
+
+
 class FactoredEmbedding(nn.Sequential):
     """``Embedding(n, r)`` followed by ``Linear(r, width, bias=False)``."""
 

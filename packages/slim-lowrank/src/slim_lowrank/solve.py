@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.linalg
 
 from slim_lowrank import conv_forms
 from slim_lowrank.build import Factors, source_bias
@@ -34,6 +36,11 @@ class Statistics:
         update, where the inputs come from the decomposed model and the outputs from the dense one.
     target_mean : array, optional
         ``(out,)``, mean of the wanted outputs, without bias.
+    target_energy : float
+        ``E|y|^2`` of the wanted outputs, without bias.
+    ridge : float
+        How firmly the sequential update holds on to the weight, in units of the mean input
+        energy; infinity switches it off.
     positions : tuple of int
         Positions per batch at the input, halfway (vertical stride done) and at the output.
     """
@@ -46,6 +53,8 @@ class Statistics:
     gamma: Array | None = None
     target: Array | None = None
     target_mean: Array | None = None
+    target_energy: float = 0.0
+    ridge: float = SHRINKAGE
     positions: tuple[int, int, int] = (1, 1, 1)
 
     def damped_gamma(self) -> Array | None:
@@ -55,14 +64,17 @@ class Statistics:
 
 def solve_plain(layer: Layer, ranks: LayerRanks) -> Factors:
     """Return the factors with the least error of the weight itself; the bias is kept."""
-    weight, bias = weight_array(layer), bias_array(layer)
+    bias = bias_array(layer)
     if not layer.is_matrix:
+        weight = weight_array(layer)
         kernels = conv_forms.fit(ranks.form, weight, ranks.ranks, name=f"layer {layer.name!r}")
-        return Factors(kernels, bias)
+        lost = weight - conv_forms.compose(ranks.form, kernels)
+        return Factors(kernels, bias, error=_root_ratio(np.sum(lost**2), np.sum(weight**2)))
     weight = flat_weight(layer)
     svd = truncated_svd(weight, ranks.ranks[0], name=f"weight of layer {layer.name!r}")
-    first, last = balanced_factors(svd)
-    return pair_factors(layer, ranks, first, last, bias)
+    total = float(np.sum(weight**2))
+    error = _root_ratio(total - float(np.sum(svd.s**2)), total)
+    return replace(pair_factors(layer, ranks, *balanced_factors(svd), bias), error=error)
 
 
 def solve_with_data(layer: Layer, ranks: LayerRanks, statistics: Statistics) -> Factors:
@@ -73,32 +85,72 @@ def solve_with_data(layer: Layer, ranks: LayerRanks, statistics: Statistics) -> 
     """
     problem = matrix_problem(layer, statistics, centred=ranks.bias)
     bias = bias_array(layer)
+    kernels: tuple[Array, ...] = ()
     if layer.is_matrix or ranks.form == "out":
-        rank = ranks.ranks[0]
-        first, last = problem.factors(rank)
-        if ranks.bias:
-            mean = wanted_mean(layer, statistics)
-            seen = mean if statistics.input_mean is None else problem.weight @ statistics.input_mean
-            bias = (0.0 if bias is None else bias) + mean - problem.project(rank, seen)
-        if layer.is_matrix:
-            return pair_factors(layer, ranks, first, last, bias)
-        return Factors(
-            (first.reshape(-1, *layer.shape[1:]), last.reshape(*last.shape, *_ones(layer))), bias
+        first, last = problem.factors(ranks.ranks[0])
+        kept = last @ first
+        kernels = (first.reshape(-1, *layer.shape[1:]), last.reshape(*last.shape, *_ones(layer)))
+    else:
+        kernels = conv_forms.fit(
+            ranks.form,
+            problem.weight.reshape(layer.shape),
+            ranks.ranks,
+            second=problem.second,
+            gamma=problem.gamma,
+            name=f"layer {layer.name!r}",
         )
-    kernel = problem.weight.reshape(layer.shape)
-    kernels = conv_forms.fit(
-        ranks.form,
-        kernel,
-        ranks.ranks,
-        second=problem.second,
-        gamma=problem.gamma,
-        name=f"layer {layer.name!r}",
-    )
-    if ranks.bias and statistics.input_mean is not None:
         kept = conv_forms.compose(ranks.form, kernels).reshape(layer.shape[0], -1)
-        mean = wanted_mean(layer, statistics) - kept @ statistics.input_mean
-        bias = (0.0 if bias is None else bias) + mean
-    return Factors(kernels, bias)
+    if ranks.bias:
+        bias = (0.0 if bias is None else bias) + _mean_error(
+            layer, ranks, statistics, problem, kept
+        )
+    error = predicted_error(layer, ranks, statistics, problem, kept)
+    if layer.is_matrix:
+        return replace(pair_factors(layer, ranks, first, last, bias), error=error)
+    return Factors(kernels, bias, error=error)
+
+
+def predicted_error(
+    layer: Layer, ranks: LayerRanks, statistics: Statistics, problem: MatrixProblem, kept: Array
+) -> float:
+    """Return the relative error of the outputs on the calibration data itself.
+
+    Parameters
+    ----------
+    layer, ranks, statistics, problem
+        As in :func:`solve_with_data`.
+    kept : array, shape (out, features)
+        The low-rank map.
+    """
+    if statistics.input_second is None:
+        output = problem.output_second
+        lost = np.eye(len(output)) - problem.projection(ranks.ranks[0])
+        total = float(np.trace(_required(statistics.output_second)))
+        return _root_ratio(np.sum((lost @ output) * lost), total)
+    mean, second = _required(statistics.input_mean), statistics.input_second
+    weight = flat_weight(layer)
+    if statistics.target is None:
+        total = float(np.sum((weight @ second) * weight))
+        used = _required(_centre(second, mean, ranks.bias))
+        return _root_ratio(np.sum(((weight - kept) @ used) * (weight - kept)), total)
+    total = statistics.target_energy
+    target, offset = statistics.target, 0.0
+    if ranks.bias:
+        wanted = _required(statistics.target_mean)
+        target, offset = target - np.outer(wanted, mean), float(wanted @ wanted)
+        second = second - np.outer(mean, mean)
+    squared = total - offset - 2 * np.sum(kept * target) + np.sum((kept @ second) * kept)
+    return _root_ratio(squared, total)
+
+
+def _mean_error(
+    layer: Layer, ranks: LayerRanks, statistics: Statistics, problem: MatrixProblem, kept: Array
+) -> Array:
+    """Return the mean of what the outputs without bias lose."""
+    wanted = wanted_mean(layer, statistics)
+    if statistics.input_mean is not None:
+        return np.asarray(wanted - kept @ statistics.input_mean)
+    return np.asarray(wanted - problem.projection(ranks.ranks[0]) @ wanted)
 
 
 def matrix_problem(layer: Layer, statistics: Statistics, *, centred: bool) -> MatrixProblem:
@@ -153,16 +205,19 @@ def bias_array(layer: Layer) -> Array | None:
 def _compensated(weight: Array, statistics: Statistics, second: Array, centred: bool) -> Array:
     """Return the map of the inputs seen onto the outputs wanted, pulled towards the weight.
 
-    Ridge regression towards ``W`` with the shrinkage that ``second`` has: directions that the
-    calibration hardly shows keep the weight's own action.
+    Ridge regression towards ``W``: directions that the calibration hardly shows keep the weight's
+    own action.
     """
+    if math.isinf(statistics.ridge):
+        return weight
     target = _required(statistics.target)
     mean = _required(statistics.input_mean)
     if centred:
         target = target - np.outer(_required(statistics.target_mean), mean)
     exact = _required(_centre(statistics.input_second, mean, centred))
     correction = target - weight @ exact
-    return np.asarray(weight + np.linalg.solve(second, correction.T).T)
+    held = shrink(second, statistics.ridge)
+    return np.asarray(weight + scipy.linalg.solve(held, correction.T, assume_a="pos").T)
 
 
 def _smoothed(weight: Array, output: Array, rows: int) -> Array:
@@ -181,6 +236,10 @@ def _required(value: Array | None) -> Array:
     if value is None:
         raise TypeError("these statistics were not collected")
     return value
+
+
+def _root_ratio(part: float, total: float) -> float:
+    return math.sqrt(max(float(part), 0.0) / total) if total > 0 else 0.0
 
 
 def _ones(layer: Layer) -> list[int]:

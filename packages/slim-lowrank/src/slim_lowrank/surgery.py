@@ -46,6 +46,8 @@ def apply_table(
     InvalidValueError
         The table does not fit the model; the layer is named and nothing was changed.
     """
+    if not table:
+        return model
     layers = check_table(model, table)
     done: dict[str, nn.Module] = {}
     for name, ranks in _embeddings_first(table):

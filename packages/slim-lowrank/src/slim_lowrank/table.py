@@ -60,8 +60,10 @@ class LayerRanks:
             raise InvalidValueError(
                 f"layer {self.name!r} of shape {self.shape} cannot have the form {self.form!r}"
             )
-        if self.form == "spatial" and len(self.shape) != 4:
-            raise InvalidValueError(f"layer {self.name!r}: the form 'spatial' is for 2-D kernels")
+        if self.form == "spatial" and (len(self.shape) != 4 or min(self.shape[2:]) < 2):
+            raise InvalidValueError(
+                f"layer {self.name!r}: the form 'spatial' needs a kernel of at least 2x2"
+            )
         count = 2 if self.form == "tucker2" else 1
         if len(self.ranks) != count:
             raise InvalidValueError(

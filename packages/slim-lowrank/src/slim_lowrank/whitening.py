@@ -133,17 +133,10 @@ class MatrixProblem:
         down, up = self._projection(rank)
         return balance(down @ self.weight, up)
 
-    def project(self, rank: int, y: Array) -> Array:
-        """Apply to outputs ``y (m,)`` the projection that rank ``rank`` keeps."""
+    def projection(self, rank: int) -> Array:
+        """Return the ``(m, m)`` projection ``P`` of the outputs with ``A = P W``."""
         down, up = self._projection(rank)
-        return np.asarray(up @ (down @ y))
-
-    def squared_error(self, approximation: Array) -> float:
-        """Return ``E |(W - A) x|^2`` for any ``A (m, n)``; needs ``second`` or plain."""
-        difference = self.weight - approximation
-        if self.second is None:
-            return float(np.sum(difference**2))
-        return float(np.sum((difference @ self.second) * difference))
+        return np.asarray(up @ down)
 
     def _projection(self, rank: int) -> tuple[Array, Array]:
         u = self._spectrum[1][:, :rank]
