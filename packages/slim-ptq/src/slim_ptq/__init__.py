@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slim_ptq.api import quantize
     from slim_ptq.calibrator import Calibrator
     from slim_ptq.config import QuantConfig
-    from slim_ptq.dequantize import dequantize
+    from slim_ptq.dequantizing import dequantize
     from slim_ptq.fake_quantize import FakeQuantizeCalibrator
     from slim_ptq.load import load_model
     from slim_ptq.quality import evaluate_text
@@ -27,7 +27,7 @@ _HOMES = {
     "Calibrator": "slim_ptq.calibrator",
     "FakeQuantizeCalibrator": "slim_ptq.fake_quantize",
     "QuantConfig": "slim_ptq.config",
-    "dequantize": "slim_ptq.dequantize",
+    "dequantize": "slim_ptq.dequantizing",
     "evaluate_text": "slim_ptq.quality",
     "load_model": "slim_ptq.load",
     "quantize": "slim_ptq.api",

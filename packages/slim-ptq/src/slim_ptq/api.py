@@ -12,7 +12,14 @@ from pathlib import Path
 from slim_core.checkpoint import copy_side_files, open_checkpoint
 from slim_core.errors import PlanError
 from slim_core.export import CheckpointExport
-from slim_core.files import PathLike, check_apart, check_output_dir, staged_dir, write_bytes
+from slim_core.files import (
+    PathLike,
+    as_path,
+    check_apart,
+    check_output_dir,
+    staged_dir,
+    write_bytes,
+)
 from slim_core.formats import FORMATS
 from slim_core.plan import Plan
 from slim_core.provenance import provenance
@@ -93,7 +100,7 @@ def quantize(
     SlimError
         See :mod:`slim_core.errors`; everything that can be known beforehand is raised beforehand.
     """
-    target = check_output_dir(output, overwrite=overwrite)
+    target = check_output_dir(as_path("output", output), overwrite=overwrite)
     check_apart("model", model, target)
     place = torch_device(device)
     shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
@@ -207,9 +214,7 @@ def _report(
         bytes_before=_weight_bytes(job.checkpoint.path),
         bytes_after=_weight_bytes(staging),
         calibration=None if job.data is None else job.data.to_dict(),
-        fallbacks=tuple(
-            (layer.name, layer.reason) for layer in plan.layers if not layer.asked
-        ),
+        fallbacks=tuple((layer.name, layer.reason) for layer in plan.layers if not layer.asked),
         seconds={stage: round(value, 3) for stage, value in clock.seconds.items() if value >= 1e-3},
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         provenance=provenance(

@@ -199,7 +199,7 @@ def dequantize(
 ) -> None:
     """Turn a quantized checkpoint back into an ordinary float one."""
     with _errors():
-        from slim_ptq.dequantize import dequantize as run
+        from slim_ptq.dequantizing import dequantize as run
 
         run(directory, output, overwrite=overwrite)
         typer.echo(f"written to {output}")

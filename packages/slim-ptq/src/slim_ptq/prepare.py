@@ -74,9 +74,9 @@ def prepare(
     data = _calibration(
         calibration,
         directory,
-        samples=samples,
+        samples=check_int("samples", samples, low=1),
         length=_within_positions(check_int("length", length, low=1), checkpoint.config),
-        batch=batch,
+        batch=check_int("batch", batch, low=1),
     )
     if data is not None:
         _check_tokens(data, checkpoint.config)

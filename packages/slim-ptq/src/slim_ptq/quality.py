@@ -27,6 +27,7 @@ def evaluate_text(
     """
     directory = as_path("model", model)
     open_checkpoint(directory)  # what is wrong with the files is said before torch loads them
-    tokens = encode_text(load_tokenizer(directory), read_text(text))
+    content = read_text(text)
+    tokens = encode_text(load_tokenizer(directory), content)
     loaded = load_model(directory, device=device, trust_remote_code=trust_remote_code)
     return perplexity(loaded, tokens, window=window, batch_size=batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slim_core.checkpoint import copy_side_files
 from slim_core.errors import FormatError
 from slim_core.export import CheckpointExport
-from slim_core.files import PathLike, check_apart, check_output_dir, staged_dir
+from slim_core.files import PathLike, as_path, check_apart, check_output_dir, staged_dir
 from slim_core.formats import FORMATS
 from slim_core.progress import track
 from slim_core.quantized import QuantizedCheckpoint
@@ -28,7 +28,7 @@ def dequantize(path: PathLike, output: PathLike, *, overwrite: bool = False) -> 
     OutputExistsError
         The output is there and ``overwrite`` is False.
     """
-    target = check_output_dir(output, overwrite=overwrite)
+    target = check_output_dir(as_path("output", output), overwrite=overwrite)
     check_apart("path", path, target)
     stored = QuantizedCheckpoint(path)
     extras = stored.norm_extras
