@@ -39,10 +39,16 @@ class Decoder {
   // All tiles to `matrix`; the problem of the lowest tile that has one.
   Problem decode(const View& matrix, std::size_t threads) const;
 
+  // As decode, but keeps nothing.
+  Problem check(std::size_t threads) const;
+
   // `out` needs room for kMaxTileBytes + kWriteSlack.
   Problem decode_tile(std::size_t tile, std::uint8_t* out) const;
 
  private:
+  template <typename Take>
+  Problem each_tile(std::size_t threads, Take&& take) const;
+
   const Container& container_;
   const std::uint8_t* weight_;
   std::size_t weight_size_;

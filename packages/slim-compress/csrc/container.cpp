@@ -24,11 +24,7 @@ void write_entry(const Entry& entry, std::uint8_t* out) {
   out[7] = entry.fill;
 }
 
-std::size_t index_bytes(const Header& header) {
-  return kHeaderBytes + header.tables * kTableBytes + std::size_t{header.tiles} * kEntryBytes;
-}
-
-void write_header(const Header& h, std::uint8_t* index) {
+void write_header(const Header& h, std::uint8_t* index, std::size_t index_size) {
   std::memset(index, 0, kHeaderBytes);
   store(index, kMagic);
   store(index + 4, kVersion);
@@ -42,12 +38,11 @@ void write_header(const Header& h, std::uint8_t* index) {
   index[25] = h.flags;
   store(index + 32, h.weight_bytes);
   store(index + 40, h.raw_bytes);
-  store(index + kCrcAt, index_crc(index, index_bytes(h)));
+  store(index + kCrcAt, index_crc(index, index_size));
 }
 
 Entry Container::entry(std::size_t tile) const {
-  const std::uint8_t* p =
-      index_ + kHeaderBytes + tables_.size() * kTableBytes + tile * kEntryBytes;
+  const std::uint8_t* p = entries_ + tile * kEntryBytes;
   return {load32(p), load16(p + 4), static_cast<Mode>(p[6]), p[7]};
 }
 
@@ -59,13 +54,24 @@ Problem Container::open(const std::uint8_t* index, std::size_t index_size,
   if (index_crc(index, index_size) != load32(index + kCrcAt)) {
     return {-1, "the checksum of the index does not match"};
   }
+  if (Problem p = read_tables(index_size); p.reason != nullptr) return p;
+  return check_entries();
+}
+
+Problem Container::read_tables(std::size_t index_size) {
+  std::size_t at = kHeaderBytes;
   for (std::size_t t = 0; t < header_.tables; ++t) {
     CodeTable table;
-    const Verdict v = read_table(index + kHeaderBytes + t * kTableBytes, table);
+    const Verdict v = read_table(index_ + at, index_size - at, table);
     if (!v) return {-1, v.reason};
     tables_.push_back(table);
+    at += table_bytes(table);
   }
-  return check_entries();
+  entries_ = index_ + at;
+  if (index_size - at != std::size_t{header_.tiles} * kEntryBytes) {
+    return {-1, "the index length does not fit its header"};
+  }
+  return {};
 }
 
 Problem Container::check_header(std::size_t index_size, std::size_t weight_size) {
@@ -90,7 +96,9 @@ Problem Container::check_header(std::size_t index_size, std::size_t weight_size)
   }
   if (h.raw_bytes != std::uint64_t{h.n} * h.k) return {-1, "the raw size is not rows times columns"};
   if (h.tiles != grid().tiles()) return {-1, "the tile count does not fit the matrix size"};
-  if (index_bytes(h) != index_size) return {-1, "the index length does not fit its header"};
+  if ((index_size - kHeaderBytes) / kEntryBytes < h.tiles) {
+    return {-1, "the index length does not fit its header"};
+  }
   if (h.weight_bytes != weight_size) return {-1, "the weight length does not fit the header"};
   if (weight_size < kGuardBytes) return {-1, "the weight is shorter than its guard"};
   return {};

@@ -32,10 +32,8 @@ struct Header {
   std::uint64_t weight_bytes, raw_bytes;
 };
 
-std::size_t index_bytes(const Header& header);
-
 // Writes the header in front of tables and entries that are in place already, with the checksum.
-void write_header(const Header& header, std::uint8_t* index);
+void write_header(const Header& header, std::uint8_t* index, std::size_t index_size);
 
 struct Problem {
   std::int64_t tile = -1;  // -1: the stream as a whole
@@ -57,9 +55,11 @@ class Container {
 
  private:
   Problem check_header(std::size_t index_size, std::size_t weight_size);
+  Problem read_tables(std::size_t index_size);
   Problem check_entries();
 
   const std::uint8_t* index_ = nullptr;
+  const std::uint8_t* entries_ = nullptr;
   Header header_{};
   std::vector<CodeTable> tables_;
   std::vector<std::uint64_t> offsets_;

@@ -50,18 +50,32 @@ Problem Decoder::decode_tile(std::size_t tile, std::uint8_t* out) const {
 }
 
 Problem Decoder::decode(const View& matrix, std::size_t threads) const {
-  if (Problem p = check_guard(); p.reason != nullptr) return p;
   const Grid grid = container_.grid();
-  std::atomic<std::size_t> first_bad{grid.tiles()};
+  return each_tile(threads, [&](std::size_t tile, const std::uint8_t* bytes) {
+    scatter_tile(TileBox(grid, tile), bytes, matrix);
+  });
+}
+
+Problem Decoder::check(std::size_t threads) const {
+  return each_tile(threads, [](std::size_t, const std::uint8_t*) {});
+}
+
+// Calls take(tile, bytes) for each tile; after a problem only lower tiles are still looked at, so
+// that the tile which is named does not depend on the threads.
+template <typename Take>
+Problem Decoder::each_tile(std::size_t threads, Take&& take) const {
+  if (Problem p = check_guard(); p.reason != nullptr) return p;
+  const std::size_t tiles = container_.header().tiles;
+  std::atomic<std::size_t> first_bad{tiles};
   std::mutex guard;
   Problem worst;
-  parallel_for(grid.tiles(), threads, [&] {
+  parallel_for(tiles, threads, [&] {
     return [&, scratch = std::vector<std::uint8_t>(kMaxTileBytes + kWriteSlack)](
                std::size_t tile) mutable {
       if (tile > first_bad.load(std::memory_order_relaxed)) return;
       const Problem p = decode_tile(tile, scratch.data());
       if (p.reason == nullptr) {
-        scatter_tile(TileBox(grid, tile), scratch.data(), matrix);
+        take(tile, scratch.data());
         return;
       }
       const std::lock_guard<std::mutex> lock(guard);

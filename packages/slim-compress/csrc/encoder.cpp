@@ -197,17 +197,19 @@ class Encoder {
                         options_.flags,
                         result.weight_size,
                         std::uint64_t{grid_.n} * grid_.k};
-    result.index.resize(index_bytes(header));
+    std::size_t index_size = kHeaderBytes + grid_.tiles() * kEntryBytes;
+    for (const auto& table : tables_) index_size += table_bytes(table);
+    result.index.resize(index_size);
     std::uint8_t* at = result.index.data() + kHeaderBytes;
     for (const auto& table : tables_) {
       write_table(table, at);
-      at += kTableBytes;
+      at += table_bytes(table);
     }
     for (const auto& e : entries_) {
       write_entry(e, at);
       at += kEntryBytes;
     }
-    write_header(header, result.index.data());
+    write_header(header, result.index.data(), index_size);
     return result;
   }
 

@@ -137,38 +137,73 @@ Codes canonical_codes(const Lengths& lengths) {
   return codes;
 }
 
+namespace {
+
+// The least and the greatest value that have a code, as signed numbers.
+struct Range {
+  int first = 127;
+  int last = -128;
+  explicit Range(const Lengths& lengths) {
+    for (int v = -128; v < 128; ++v) {
+      if (lengths[v & 255] == 0) continue;
+      first = std::min(first, v);
+      last = v;
+    }
+  }
+};
+
+std::size_t range_bytes(int first, int last) {
+  return 4 + (static_cast<std::size_t>(last - first) + 2) / 2;
+}
+
+}  // namespace
+
+std::size_t table_bytes(const CodeTable& table) {
+  const Range range(table.lengths);
+  return range_bytes(range.first, range.last);
+}
+
 void write_table(const CodeTable& table, std::uint8_t* out) {
-  std::memset(out, 0, kTableBytes);
-  out[0] = *std::max_element(table.lengths.begin(), table.lengths.end());
-  out[1] = table.placeholder;
-  for (std::size_t s = 0; s < kSymbols; ++s) {
-    out[4 + s / 2] |= static_cast<std::uint8_t>(table.lengths[s] << (4 * (s % 2)));
+  const Range range(table.lengths);
+  std::memset(out, 0, table_bytes(table));
+  out[0] = static_cast<std::uint8_t>(range.first);
+  out[1] = static_cast<std::uint8_t>(range.last);
+  out[2] = table.placeholder;
+  out[3] = table.lengths[kEscape];
+  for (int v = range.first; v <= range.last; ++v) {
+    const int i = v - range.first;
+    out[4 + i / 2] |= static_cast<std::uint8_t>(table.lengths[v & 255] << (4 * (i % 2)));
   }
 }
 
-Verdict read_table(const std::uint8_t* in, CodeTable& table) {
+Verdict read_table(const std::uint8_t* in, std::size_t available, CodeTable& table) {
+  if (available < 4) return {"the index is too short for its tables"};
+  const int first = static_cast<std::int8_t>(in[0]);
+  const int last = static_cast<std::int8_t>(in[1]);
+  if (first > last) return {"a table ends before its first value"};
+  if (available < range_bytes(first, last)) return {"the index is too short for its tables"};
+  table.lengths.fill(0);
+  table.lengths[kEscape] = in[3];
+  for (int v = first; v <= last; ++v) {
+    const int i = v - first;
+    table.lengths[v & 255] = static_cast<std::uint8_t>((in[4 + i / 2] >> (4 * (i % 2))) & 15);
+  }
+  const int odd = last - first + 1;
+  if (odd % 2 != 0 && in[4 + odd / 2] >> 4 != 0) return {"non-zero padding in a table"};
   std::uint64_t kraft = 0;
-  std::uint8_t longest = 0;
-  for (std::size_t s = 0; s < kSymbols; ++s) {
-    const auto length = static_cast<std::uint8_t>((in[4 + s / 2] >> (4 * (s % 2))) & 15U);
-    if (length > kMaxCodeBits) return {"a code of the table is longer than 11 bits"};
-    table.lengths[s] = length;
-    longest = std::max(longest, length);
+  for (const auto length : table.lengths) {
+    if (length > kMaxCodeBits) return {"a code of a table is longer than 11 bits"};
     if (length != 0) kraft += kFull >> length;
   }
-  if (kraft != kFull) return {"the code lengths of the table do not form a complete prefix code"};
-  if (in[0] != longest) return {"the table states a wrong longest code length"};
-  if (longest == 0 || in[2] != 0 || in[3] != 0 || (in[132] >> 4) != 0) {
-    return {"non-zero padding in the table"};
+  if (kraft != kFull) return {"the code lengths of a table do not form a complete prefix code"};
+  if (table.lengths[first & 255] == 0 || table.lengths[last & 255] == 0) {
+    return {"a table goes on beyond its last value"};
   }
-  for (std::size_t i = 133; i < kTableBytes; ++i) {
-    if (in[i] != 0) return {"non-zero padding in the table"};
-  }
-  table.placeholder = in[1];
+  table.placeholder = in[2];
   std::size_t absent = 0;
   while (absent < 256 && table.lengths[absent] != 0) ++absent;
-  if (table.has_escape() ? absent != in[1] : in[1] != 0) {
-    return {"the table has a wrong placeholder value"};
+  if (table.has_escape() ? absent != in[2] : in[2] != 0) {
+    return {"a table has a wrong placeholder value"};
   }
   return {};
 }

@@ -13,8 +13,6 @@ using Lengths = std::array<std::uint8_t, kSymbols>;        // 0: the symbol has 
 using Counts = std::array<std::uint64_t, 256>;             // of byte values
 using Codes = std::array<std::uint16_t, kSymbols>;         // first bit of the code in bit 0
 
-constexpr std::size_t kTableBytes = 160;
-
 struct CodeTable {
   Lengths lengths{};
   std::uint8_t placeholder = 0;  // what the decoder emits for an escape
@@ -27,8 +25,10 @@ CodeTable build_table(const Counts& counts, bool escapes);
 
 Codes canonical_codes(const Lengths& lengths);
 
+// The stored form: 4 bytes, and half a byte for each value between the extremes that have a code.
+std::size_t table_bytes(const CodeTable& table);
 void write_table(const CodeTable& table, std::uint8_t* out);
-Verdict read_table(const std::uint8_t* in, CodeTable& table);
+Verdict read_table(const std::uint8_t* in, std::size_t available, CodeTable& table);
 
 // One row for each 11-bit window. Byte 7 is the first symbol, byte 6 the second, and so on, so that
 // a decoder which fills its output from the end stores the whole row with one write; byte 1 is the

@@ -115,6 +115,18 @@ void decode_into(const py::array& weight, const py::array& index, py::array out,
   raise_if(problem);
 }
 
+void check(const py::array& weight, const py::array& index, std::size_t threads) {
+  const Bytes w = bytes_of(weight, kWeight);
+  const Container container = open_container(w, bytes_of(index, kIndex));
+  require(threads >= 1, "threads must be at least 1");
+  Problem problem;
+  {
+    const py::gil_scoped_release release;
+    problem = slc1::Decoder(container, w.data, w.size).check(threads);
+  }
+  raise_if(problem);
+}
+
 py::bytes decode_tile(const py::array& weight, const py::array& index, std::size_t tile) {
   const Bytes w = bytes_of(weight, kWeight);
   const Bytes i = bytes_of(index, kIndex);
@@ -194,6 +206,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         arg("transposed") = false);
   m.def("decode_into", &decode_into, arg("weight"), arg("index"), arg("out"), py::kw_only(),
         arg("threads") = 1);
+  m.def("check", &check, arg("weight"), arg("index"), py::kw_only(), arg("threads") = 1);
   m.def("decode_tile", &decode_tile, arg("weight"), arg("index"), arg("tile"));
   m.def("inspect", &inspect, arg("weight"), arg("index"));
   m.def("nd_to_nz", &nd_to_nz, arg("matrix"));

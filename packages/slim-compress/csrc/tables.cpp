@@ -72,7 +72,8 @@ TableChoice cluster(const Parts& parts, const std::vector<std::uint64_t>& bits, 
 }
 
 std::uint64_t total_bits(const Parts& parts, const TableChoice& choice) {
-  std::uint64_t bits = choice.tables.size() * kTableBytes * 8;
+  std::uint64_t bits = 0;
+  for (const auto& table : choice.tables) bits += 8 * table_bytes(table);
   for (std::size_t p = 0; p < parts.size(); ++p) {
     bits += part_cost_bits(choice.tables[choice.table_of[p]], *parts[p]);
   }

@@ -41,30 +41,40 @@ class SlowDecoder:
         self.tn, self.tk = -(-self.n1 // self.tile_n), -(-self.k1 // self.tile_k)
         assert number(i, 20, 4) == self.tn * self.tk
         tables, flags = i[24], i[25]
-        assert len(i) == 64 + 160 * tables + 8 * self.tn * self.tk
         assert number(i, 28, 4) == crc32c(i[:28] + bytes(4) + i[32:])
         assert number(i, 32, 8) == len(self.weight)
         assert number(i, 40, 8) == self.n * self.k
         assert not any(i[48:64])
         expected = [self.tile_k, self.tile_n, self.k, self.n, 1, 0x31434C53, 1]
         assert info.tolist() == [*expected, self.n * self.k, len(self.weight), flags]
-        self.tables = [self.read_table(i[64 + 160 * t : 224 + 160 * t]) for t in range(tables)]
-        self.entries = i[64 + 160 * tables :]
+        self.tables, at = [], 64
+        for _ in range(tables):
+            table, size = self.read_table(i[at:])
+            self.tables.append(table)
+            at += size
+        self.entries = i[at:]
+        assert len(self.entries) == 8 * self.tn * self.tk
         assert self.weight[-32:] == bytes(32)
 
     @staticmethod
     def read_table(raw):
-        lengths = [raw[4 + s // 2] >> 4 * (s % 2) & 15 for s in range(257)]
-        assert raw[0] == max(lengths) <= 11
+        first, last = ((raw[at] ^ 128) - 128 for at in (0, 1))
+        lengths = [0] * 256 + [raw[3]]
+        for i, value in enumerate(range(first, last + 1)):
+            lengths[value % 256] = raw[4 + i // 2] >> 4 * (i % 2) & 15
+        size = 4 + (last - first + 2) // 2
+        assert lengths[first % 256]
+        assert lengths[last % 256]
+        assert max(lengths) <= 11
         assert sum(2 ** (11 - length) for length in lengths if length) == 2**11
         codes, code, last = {}, -1, 0
         for length, symbol in sorted((length, s) for s, length in enumerate(lengths) if length):
             code = (code + 1) << (length - last)
             codes[length, code], last = symbol, length
         if lengths[256]:
-            assert raw[1] == lengths[:256].index(0)
-            return codes, raw[1]
-        return codes, None
+            assert raw[2] == lengths[:256].index(0)
+            return (codes, raw[2]), size
+        return (codes, None), size
 
     def shape(self, t):
         row, col = divmod(t, self.tk)

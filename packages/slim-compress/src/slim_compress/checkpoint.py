@@ -12,6 +12,7 @@ import numpy as np
 from slim_compress.codec import (
     Compressed,
     StreamInfo,
+    check,
     compress,
     decompress,
     decompress_tile,
@@ -315,11 +316,12 @@ def verify_checkpoint(path: PathLike, original: PathLike | None = None, *, jobs:
     if source is not None and set(source.tensors) != set(compressed.types):
         odd = sorted(set(source.tensors) ^ set(compressed.types))
         raise VerificationError(f"{odd[0]} is only in one of {compressed.path} and {source.path}")
-    names = compressed.compressed if source is None else list(compressed.types)
-    for name in track(names, "verifying"):
-        array = compressed.load(name, jobs=jobs)
-        if source is not None:
-            _compare(name, source.load(name), array)
+    if source is None:
+        for name in track(compressed.compressed, "verifying"):
+            check(*compressed.stream(name), jobs=jobs, name=name)
+    else:
+        for name in track(list(compressed.types), "verifying"):
+            _compare(name, source.load(name), compressed.load(name, jobs=jobs))
     return len(compressed.compressed)
 
 

@@ -177,6 +177,21 @@ def decompress(
     return out
 
 
+def check(weight: Any, index: Any, info: Any, *, jobs: int = 1, name: str = "") -> None:
+    """Decode a compressed weight, checking all checksums, without keeping the result.
+
+    Raises
+    ------
+    CorruptStreamError, FormatError
+        As :func:`decompress`.
+    """
+    check_int("jobs", jobs, low=1, high=_MAX_JOBS)
+    weight, index = _byte_array("weight", weight), _byte_array("index", index)
+    inspect(weight, index, info, name=name)
+    with _named(name):
+        _native.check(weight, index, threads=jobs)
+
+
 def decompress_tile(
     weight: Any, index: Any, info: Any, row: int, col: int, *, name: str = ""
 ) -> np.ndarray:
