@@ -1,0 +1,135 @@
+"""The classic scripts of users, with only imports, paths and device changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+
+from slim_core.checkpoint import open_checkpoint
+from slim_core.quantized import QuantizedCheckpoint
+from slim_core.verify import verify_checkpoint
+from slim_ptq import Calibrator, QuantConfig
+from slim_ptq.modules import FakeQuantLinear
+
+PROMPTS = [
+    "Which city is the capital of the country?",
+    "Please write a poem:",
+    "I want to learn a programming language, how do I start?",
+    "Please write a report about making language models fast:",
+    "The places most worth a visit",
+]
+
+
+@pytest.fixture(scope="module")
+def model_path(saved_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory like that of ChatGLM2: remote code, weights, tokenizer of bytes."""
+    path = Path(
+        shutil.copytree(saved_model("chatglm"), tmp_path_factory.mktemp("glm") / "chatglm2")
+    )
+    letters = {letter: index for index, letter in enumerate(["<unk>", *map(chr, range(32, 127))])}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+def prepare(path: Path) -> tuple[Any, list[list[torch.Tensor]]]:
+    """Load model and tokenizer and make the calibration data, as the scripts do."""
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=True)
+    model = AutoModel.from_pretrained(
+        path, local_files_only=True, trust_remote_code=True, torch_dtype=torch.float32
+    )
+    dataset_calib = []
+    for prompt in PROMPTS:
+        inputs = tokenizer([prompt], return_tensors="pt").to(model.device)
+        dataset_calib.append([inputs.data["input_ids"], inputs.data["attention_mask"]])
+    return model, dataset_calib
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_w8a8(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, dataset_calib = prepare(model_path)
+    first = "transformer.encoder.layers.0"
+    quant_config = QuantConfig(
+        a_bit=8,
+        w_bit=8,
+        disable_names=[
+            f"{first}.self_attention.query_key_value",
+            f"{first}.self_attention.dense",
+            f"{first}.mlp.dense_h_to_4h",
+        ],
+        dev_id=model.device.index,
+        dev_type="cpu",
+        act_method=3,
+        pr=0.5,
+        mm_tensor=False,
+    )
+    with torch.no_grad():
+        expected = model(dataset_calib[0][0]).logits
+    calibrator = Calibrator(model, quant_config, calib_data=dataset_calib, disable_level="L0")
+    calibrator.run()
+    calibrator.save("./quant_weight", save_type=["numpy", "safe_tensor"])
+
+    with torch.no_grad():
+        found = model(dataset_calib[0][0]).logits
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.1
+    out = tmp_path / "quant_weight"
+    assert {file.name for file in out.iterdir()} == {
+        "quant_model_weight_w8a8.safetensors",
+        "quant_model_description_w8a8.json",
+        *(f"{kind}.npy" for kind in ("quant_weight", "quant_bias", "deq_scale", "fp_bias")),
+        *(f"{kind}.npy" for kind in ("input_scale", "input_offset", "anti_fp_norm")),
+        *(f"{kind}.npy" for kind in ("weight_scale", "weight_offset")),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["quant_weight"]
+    assert verify_checkpoint(out).problems == ()
+    layers = QuantizedCheckpoint(out).layers
+    assert set(layers.values()) == {"W8A8"}
+    assert f"{first}.mlp.dense_4h_to_h" in layers
+    assert not set(quant_config.disable_names) & layers.keys()
+    assert len(layers) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+@pytest.mark.parametrize("with_data", [True, False])
+def test_w8a16(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_data: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, dataset_calib = prepare(model_path)
+    quant_config = QuantConfig(
+        w_bit=8,
+        a_bit=16,
+        disable_names=[],
+        dev_id=model.device.index,
+        dev_type="cpu",
+        w_sym=False,
+        mm_tensor=False,
+    )
+    data = {"calib_data": dataset_calib} if with_data else {}
+    calibrator = Calibrator(model, quant_config, **data, disable_level="L0")
+    calibrator.run()
+    calibrator.save("./quant_weight", save_type=["numpy", "safe_tensor"])
+
+    out = tmp_path / "quant_weight"
+    description = json.loads((out / "quant_model_description_w8a16.json").read_text())
+    assert description["model_quant_type"] == "W8A16"
+    assert verify_checkpoint(out).problems == ()
+    # The weight that is stored is near that of the model on the disk.
+    name = "transformer.encoder.layers.1.mlp.dense_h_to_4h"
+    stored, floats = QuantizedCheckpoint(out).layer(name), open_checkpoint(model_path)
+    weight = floats.load(f"{name}.weight")
+    step = stored.weight_scale
+    assert np.abs((stored.codes - stored.weight_offset) * step - weight).max() <= step.max()
+    assert stored.weight_offset.any()
+    assert isinstance(model.get_submodule(name), FakeQuantLinear)
