@@ -187,7 +187,7 @@ def test_units(unit):
     decomposer = Decomposer(net, divisor=1).calibrate([images(600)])
     plan = decomposer.budget(Budget(**{unit: 0.5}))
     before = after = 0.0
-    for layer, candidates in decomposer._candidates().items():
+    for layer, candidates in decomposer._candidates():
         cost = decomposer._cost(unit, layer, candidates)
         before += cost(None)
         after += cost(plan.table.get(layer.name))
@@ -198,7 +198,7 @@ def test_units(unit):
 def test_flops_count_positions():
     net = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1))
     decomposer = Decomposer(net, divisor=1).calibrate([torch.randn(2, 8, 8, 8)])
-    (candidates,) = decomposer._candidates().values()
+    ((_, candidates),) = decomposer._candidates()
     assert candidates.flops(None) == 16 * 8 * 9 * 2 * 16
     forms = {form: candidates._at(form, 4) for form in ("out", "in", "spatial", "tucker2")}
     assert candidates.flops(forms["out"]) == (4 * 72 + 16 * 4) * 32

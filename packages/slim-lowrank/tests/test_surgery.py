@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lowrank_models import ResNet50
+from lowrank_models import Bottleneck, ResNet50
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -29,6 +29,11 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.two(torch.relu(self.one(x)))
+
+
+class ResNetStage(nn.Sequential):
+    def __init__(self):
+        super().__init__(Bottleneck(64, 32, 1), Bottleneck(128, 32, 2))
 
 
 def reason_of(module, **options):
@@ -283,3 +288,17 @@ def test_table_for_another_model(tmp_path):
         Decomposer(nn.ModuleDict({"fc": nn.Linear(64, 64)})).load(path)
     same, _ = Decomposer(nn.Sequential(nn.Linear(64, 64)), divisor=1).load(path).apply()
     assert same[0][0].out_features == 16
+
+
+def test_table_and_state_round_trip(tmp_path):
+    net = ResNetStage().eval()
+    x = torch.randn(1, 64, 8, 8)
+    plan = Decomposer(net, divisor=4).ratio(0.5)
+    small, _ = plan.apply()
+    plan.save(tmp_path / "ranks.json")
+    with torch.device("meta"):
+        other = Decomposer(ResNetStage(), divisor=4).load(tmp_path / "ranks.json")
+        shell = other.structure(ResNetStage())
+    assert all(parameter.is_meta for parameter in shell.parameters())
+    shell.load_state_dict(small.state_dict(), assign=True)
+    assert torch.equal(shell.eval()(x), small(x))

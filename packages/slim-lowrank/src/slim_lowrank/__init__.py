@@ -13,16 +13,18 @@ from slim_core.logging import set_logger_level
 from slim_lowrank.__about__ import __version__
 
 if TYPE_CHECKING:
+    from slim_lowrank.budget import Budget
+    from slim_lowrank.calibrate import output_loss
     from slim_lowrank.compat import Decompose
-    from slim_lowrank.decomposer import Budget, Decomposer, output_loss
+    from slim_lowrank.decomposer import Decomposer
     from slim_lowrank.helpers import count_parameters, safe_torch_load, safe_torch_save
     from slim_lowrank.merging import merge
     from slim_lowrank.pretrained import load_pretrained, save_pretrained
 
-_TORCH_NAMES = {
-    "Budget": "decomposer",
+_LAZY = {
+    "Budget": "budget",
     "Decomposer": "decomposer",
-    "output_loss": "decomposer",
+    "output_loss": "calibrate",
     "Decompose": "compat",
     "load_pretrained": "pretrained",
     "merge": "merging",
@@ -50,10 +52,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TORCH_NAMES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_TORCH_NAMES[name]}")
+        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
         if extra is None:

@@ -97,6 +97,22 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def output_loss(output: Any, batch: Any) -> Any:
+    """Return ``output.loss``, as models of transformers give it for batches with ``labels``.
+
+    Raises
+    ------
+    InvalidValueError
+        The output has no loss.
+    """
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise InvalidValueError(
+            "the output of the model has no loss", hint="put 'labels' into every batch"
+        )
+    return loss
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to eval mode with parameters that take no gradients; restore both afterwards."""

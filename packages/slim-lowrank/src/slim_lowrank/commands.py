@@ -13,7 +13,9 @@ from slim_core.checkpoint import open_checkpoint
 from slim_core.devices import Device
 from slim_core.errors import CheckpointError, DeviceError, InvalidValueError
 from slim_core.files import check_output_dir, write_json
-from slim_lowrank.decomposer import Budget, Decomposer, output_loss
+from slim_lowrank.budget import Budget
+from slim_lowrank.calibrate import output_loss
+from slim_lowrank.decomposer import Decomposer
 from slim_lowrank.helpers import count_parameters
 from slim_lowrank.measure import perplexity as measure_perplexity
 from slim_lowrank.merging import merge as merge_model

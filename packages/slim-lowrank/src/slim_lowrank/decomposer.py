@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import nn
 
-from slim_core.errors import InvalidTypeError, InvalidValueError, PlanError
+from slim_core.errors import InvalidTypeError, PlanError
 from slim_core.files import PathLike
 from slim_core.logging import get_logger
 from slim_core.matching import match, match_all
+from slim_core.progress import track
 from slim_core.validate import check_choice, check_float, check_int, check_type
 from slim_lowrank.allocate import Option, allocate
+from slim_lowrank.budget import Budget
 from slim_lowrank.calibrate import Loss, collect, read_batches
 from slim_lowrank.candidates import Candidates
 from slim_lowrank.layers import ALL_KINDS, Kind, Layer, find_layers
@@ -31,57 +32,6 @@ if TYPE_CHECKING:
 logger = get_logger("lowrank")
 
 Method = Literal["plain", "output", "loss"]
-Sensitivity = Literal["auto", "energy", "gradient", "loss"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What all decomposed layers together may cost; set exactly one of the first three.
-
-    Parameters
-    ----------
-    params, flops, bytes : float, optional
-        Share to keep, within (0, 1), of the weights, multiply-adds or bytes of the layers that the
-        decomposer takes.  Multiply-adds of convolutions need a calibration to know image sizes.
-    sensitivity : str
-        What makes losses of different layers comparable: ``energy`` is the share of each layer's
-        output that is lost; ``gradient`` the output error times the mean squared gradient;
-        ``loss`` the predicted rise of the loss.  ``auto`` takes ``loss`` where the method is
-        ``loss``, else ``energy``.
-    floor : float
-        Least share of its weights that every layer keeps, within [0, 1].
-
-    Raises
-    ------
-    InvalidTypeError, InvalidValueError
-        None or several of the costs, or a value out of its range.
-    """
-
-    params: float | None = None
-    flops: float | None = None
-    bytes: float | None = None
-    sensitivity: Sensitivity = "auto"
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("params", "flops", "bytes") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise InvalidValueError(
-                f"a Budget needs exactly one of params, flops and bytes, not {given or 'none'}"
-            )
-        check_ratio(given[0], getattr(self, given[0]))
-        check_choice("sensitivity", self.sensitivity, ("auto", "energy", "gradient", "loss"))
-        check_float("floor", self.floor, low=0.0, high=1.0)
-
-    @property
-    def unit(self) -> str:
-        """Which cost is limited."""
-        return next(key for key in ("params", "flops", "bytes") if getattr(self, key) is not None)
-
-    @property
-    def share(self) -> float:
-        """Share of it to keep."""
-        return float(getattr(self, self.unit))
 
 
 class Decomposer:
@@ -237,7 +187,7 @@ class Decomposer:
         """Keep at least a share of every layer's output energy (plain: of its weight)."""
         check_ratio("share", share)
         chosen = {}
-        for leader, candidates in self._candidates().items():
+        for leader, candidates in self._candidates():
             options = candidates.options(_params(leader), 1.0)
             limit = (1 - share) * candidates.total
             good = [option for option in options if option.loss <= limit]
@@ -261,7 +211,7 @@ class Decomposer:
             budget = Budget(params=check_float("budget", budget))
         sensitivity = self._sensitivity(budget)
         options, dense = {}, 0.0
-        for leader, candidates in self._candidates().items():
+        for leader, candidates in self._candidates():
             cost = self._cost(budget.unit, leader, candidates)
             scale = self._scale(sensitivity, candidates)
             options[leader.name] = _above_floor(candidates.options(cost, scale), budget.floor)
@@ -296,18 +246,21 @@ class Decomposer:
                 or ["the model has no layer of the kinds asked for"]
             )
 
-    def _candidates(self) -> dict[Layer, Candidates]:
-        return {
-            group[0]: Candidates(
-                group[0],
-                self.statistics.get(group[0].name),
-                divisor=self.divisor,
-                storage=self.storage,
-                conv=self.conv,
-                bias=self.has_bias(group[0]),
+    def _candidates(self) -> Iterator[tuple[Layer, Candidates]]:
+        """One after the other: each holds eigenvectors as large as its layer."""
+        for group in track(self.groups(), "choosing ranks"):
+            layer = group[0]
+            yield (
+                layer,
+                Candidates(
+                    layer,
+                    self.statistics.get(layer.name),
+                    divisor=self.divisor,
+                    storage=self.storage,
+                    conv=self.conv,
+                    bias=self.has_bias(layer),
+                ),
             )
-            for group in self.groups()
-        }
 
     def has_bias(self, layer: Layer) -> bool:
         """Whether the decomposed layer gets a bias."""
@@ -316,7 +269,7 @@ class Decomposer:
 
     def _each(self, choose: Callable[[str], Any]) -> Plan:
         chosen = {}
-        for leader, candidates in self._candidates().items():
+        for leader, candidates in self._candidates():
             request = choose(leader.name)
             chosen[leader.name] = None if request is None else candidates.at(request)
         return self._plan(chosen)
@@ -386,22 +339,6 @@ class Decomposer:
                     entry.rows,
                     len(second),
                 )
-
-
-def output_loss(output: Any, batch: Any) -> Any:
-    """Return ``output.loss``, as models of transformers give it for batches with ``labels``.
-
-    Raises
-    ------
-    InvalidValueError
-        The output has no loss.
-    """
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        raise InvalidValueError(
-            "the output of the model has no loss", hint="put 'labels' into every batch"
-        )
-    return loss
 
 
 def _params(layer: Layer, scale: float = 1.0) -> Callable[[LayerRanks | None], float]:
