@@ -93,9 +93,14 @@ def _directory_problems(stored: QuantizedCheckpoint) -> Iterator[str]:
 
 
 def _layer_problems(layer: QuantizedLinear, tensors: dict[str, np.ndarray]) -> Iterator[str]:
-    for local, tensor in tensors.items():
-        if tensor.dtype.kind not in "iu" and not np.isfinite(tensor.astype(np.float32)).all():
-            yield f"{layer.name}.{local} has NaN or infinite elements"
+    broken = [
+        f"{layer.name}.{local} has NaN or infinite elements"
+        for local, tensor in tensors.items()
+        if tensor.dtype.kind not in "iu" and not np.isfinite(tensor.astype(np.float32)).all()
+    ]
+    if broken:  # nothing follows from such numbers
+        yield from broken
+        return
     if (layer.weight_scale <= 0).any():
         yield f"{layer.name}.weight_scale has elements that are not positive"
     if not layer.scheme.is_static:

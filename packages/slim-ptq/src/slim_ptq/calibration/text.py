@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from slim_core.files import PathLike, check_input_file
 from slim_core.validate import check_int
 
 _MAX_BYTES = 1 << 30
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +144,25 @@ def load_tokenizer(model_dir: Path) -> Any:
     ------
     CalibrationError
         There is none, or transformers cannot read it.
+    MissingDependencyError
+        It needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
+    hint = 'give token ids instead: lines of {"input_ids": [1, 2, ...]} in a .jsonl file'
+    # Asked of transformers, a directory without any can end in an error about packages.
+    if not any(_TOKENIZER_FILE.search(file.name) for file in model_dir.iterdir()):
+        raise CalibrationError(f"{model_dir} has no tokenizer", hint=hint)
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CalibrationError(
             f"{model_dir} has no tokenizer that transformers can read: {error}",
-            hint='give token ids instead: lines of {"input_ids": [1, 2, ...]} in a .jsonl file',
+            hint=hint,
         ) from error
     except ImportError as error:
-        raise MissingDependencyError(f"the tokenizer of {model_dir} needs {error.name}") from error
+        what = " ".join(str(error).split())
+        raise MissingDependencyError(f"the tokenizer of {model_dir} fails: {what}") from error
 
 
 def _read_jsonl(file: Path) -> Iterator[Document]:
