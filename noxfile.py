@@ -20,9 +20,10 @@ nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
 
 ROOT = Path(__file__).parent
-PACKAGES = {path.parent.name: path.parent for path in sorted(ROOT.glob("packages/*/pyproject.toml"))}
+PACKAGES = {
+    path.parent.name: path.parent for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
+}
 SOURCES = [str(path.relative_to(ROOT) / "src") for path in PACKAGES.values()]
-TORCH_PACKAGES = ("slim-ptq", "slim-ra", "slim-lowrank")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Extras that the tests of a package need beside its hard requirements.
@@ -93,7 +94,7 @@ def tests_transformers4(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
-    session.install("ruff==0.16.0")
+    session.install("ruff==0.17.5")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 

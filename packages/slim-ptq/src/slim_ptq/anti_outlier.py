@@ -30,7 +30,6 @@ from slim_ptq.structure import (
     find_blocks,
     find_linears,
     fused_state_dict,
-    named_sample,
     trace_block,
     unfuse_experts,
     weight_of,
@@ -96,7 +95,7 @@ class AntiOutlier:
         samples = check_samples("calib_data", calib_data)
         if not samples:
             raise CalibrationError("calib_data is empty, and outlier suppression needs samples")
-        self._samples = [named_sample(model, sample) for sample in samples]
+        self._samples = samples
         self._norm_class = _check_norm_class(model, norm_class_name)
         self._blocks = find_blocks(model)
         names = [*find_linears(model), *_convolutions(model)]

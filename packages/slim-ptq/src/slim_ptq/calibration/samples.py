@@ -11,6 +11,7 @@ from torch import nn
 
 from slim_core.errors import CalibrationError, InvalidTypeError, SlimError
 from slim_core.progress import track
+from slim_ptq.structure import named_sample
 
 Sample = list[Any] | dict[str, Any]
 
@@ -51,7 +52,8 @@ def feed(model: nn.Module, samples: Sequence[Sample], description: str) -> Itera
         The model does not take the sample: a wrong argument, a token that it does not know.
     """
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    for index, sample in enumerate(track(samples, description)):
+    for index, given in enumerate(track(samples, description)):
+        sample = named_sample(model, given)
         try:
             with torch.no_grad():
                 if isinstance(sample, dict):
