@@ -16,7 +16,7 @@ from slim_compress.checkpoint import (
 )
 from slim_compress.cli import main
 from slim_core.checkpoint import open_checkpoint
-from slim_core.errors import CheckpointError, OutputExistsError
+from slim_core.errors import CheckpointError, OutputExistsError, PatternError
 
 
 def equal(directory, other):
@@ -96,6 +96,12 @@ def test_disabled_weights_stay(checkpoint, tmp_path):
     assert compress_checkpoint(checkpoint, tmp_path / "small", config).tensors == 2
     assert open_checkpoint(tmp_path / "small").tensors[name].shape == (129, 257)
     assert verify_checkpoint(tmp_path / "small", checkpoint) == 2
+
+
+def test_a_disabled_weight_must_exist(checkpoint, tmp_path):
+    config = CompressConfig(compress_disable_layers=["model.layers.1.mlp.up_proj.wait"])
+    with pytest.raises(PatternError, match=r"up_proj\.wait.*\nHint: did you mean.*up_proj\.weight"):
+        compress_checkpoint(checkpoint, tmp_path / "small", config)
 
 
 def test_shards(checkpoint, tmp_path):

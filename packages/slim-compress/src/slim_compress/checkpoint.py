@@ -34,7 +34,7 @@ from slim_compress.errors import VerificationError
 from slim_compress.quant_types import QuantType
 from slim_core.checkpoint import Checkpoint, ShardWriter, copy_side_files, open_checkpoint
 from slim_core.checkpoint.discover import read_json_object
-from slim_core.errors import CheckpointError, InvalidValueError
+from slim_core.errors import CheckpointError, InvalidValueError, PatternError
 from slim_core.files import PathLike, as_path, check_output_dir, staged_dir, write_json
 from slim_core.progress import track
 from slim_core.validate import check_int, check_type, did_you_mean
@@ -203,6 +203,8 @@ def compress_checkpoint(
     ------
     CheckpointError
         The source is damaged, has no sparse weight, or its description does not match.
+    PatternError
+        A layer to disable does not exist.
     OutputExistsError
         ``target`` is there already.
     VerificationError
@@ -329,6 +331,12 @@ def _chosen(
     checkpoint: Checkpoint, types: dict[str, str], disabled: Collection[str]
 ) -> dict[str, None]:
     """Return the weights to compress, an ordered set."""
+    unknown = [name for name in disabled if name not in types]
+    if unknown:
+        raise PatternError(
+            f"compress_disable_layers names {unknown[0]!r}, which {checkpoint.path} does not have",
+            hint=did_you_mean(unknown[0], list(types)),
+        )
     names = {
         name: None
         for name, kind in types.items()

@@ -96,6 +96,8 @@ class Compressor:
                 "Weight Loading failed! Give weight_path, or weight and quant_model_description"
             )
         self._keys = self._select()
+        for name in sorted(set(config.compress_disable_layers) - self.weights.keys()):
+            config.logger.warning("compress_disable_layers names %s, which is no weight", name)
         self.sparse_type = QuantType.W8A8S if self._keys else None
         self._transpose = False
         self.compress_result_weight: dict[str, np.ndarray] = {}

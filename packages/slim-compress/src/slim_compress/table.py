@@ -22,6 +22,7 @@ def print_table(path: Path, *, jobs: int = 1) -> None:
     """
     checkpoint = open_checkpoint(path)
     names = [name for name in checkpoint.tensors if _is_stream(checkpoint, name)]
+    names.sort(key=_by_number)
     if not names:
         raise CheckpointError(f"{path} has no weight that was compressed with slc1")
     width = max(len("total"), *map(len, names))
@@ -44,6 +45,11 @@ def print_table(path: Path, *, jobs: int = 1) -> None:
         stored += facts.stored_bytes
         limit += entropy * facts.raw_bytes
     print(f"{'total':<{width}} {raw:>15,} {stored:>13,} {stored / raw:>7.4f} {limit / raw:>8.4f}")
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sort layer 10 behind layer 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _is_stream(checkpoint: Checkpoint, name: str) -> bool:
