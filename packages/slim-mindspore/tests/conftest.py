@@ -3,13 +3,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 
 from slim_mindspore.ckpt import write_ckpt
 from slim_mindspore.hub import load_llama
+from slim_mindspore.modes import prepare_cpu
 from slim_mindspore.tensors import parameters_of
 from slim_mindspore.text import load_tokenizer
+
+prepare_cpu()
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared"
@@ -63,3 +67,10 @@ def eval_ids(tokenizer):
 def calib_ids(tokenizer):
     lines = (ROOT / "examples" / "calib.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     return [np.asarray([tokenizer.encode(json.loads(line)["text"]).ids[:128]]) for line in lines]
+
+
+@pytest.fixture
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)

@@ -13,13 +13,39 @@ from slim_mindspore.__about__ import __version__
 if TYPE_CHECKING:
     from slim_mindspore.calibrator import Calibrator
     from slim_mindspore.config import QuantConfig
+    from slim_mindspore.hub import load_llama
+    from slim_mindspore.load import load_quantized
+    from slim_mindspore.lowrank import Decompose, count_parameters
+    from slim_mindspore.quantization_config import QuantizationConfig
+    from slim_mindspore.quantize import quantize_network
+    from slim_mindspore.save import save_ascend, save_quantized
 
 _HOMES = {
     "Calibrator": "calibrator",
+    "Decompose": "lowrank",
     "QuantConfig": "config",
+    "QuantizationConfig": "quantization_config",
+    "count_parameters": "lowrank",
+    "load_llama": "hub",
+    "load_quantized": "load",
+    "quantize_network": "quantize",
+    "save_ascend": "save",
+    "save_quantized": "save",
 }
 
-__all__ = ["Calibrator", "QuantConfig", "__version__"]
+__all__ = [
+    "Calibrator",
+    "Decompose",
+    "QuantConfig",
+    "QuantizationConfig",
+    "__version__",
+    "count_parameters",
+    "load_llama",
+    "load_quantized",
+    "quantize_network",
+    "save_ascend",
+    "save_quantized",
+]
 
 
 def __getattr__(name: str) -> Any:

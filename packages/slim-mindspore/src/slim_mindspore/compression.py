@@ -108,7 +108,7 @@ def prepare_for_compressor(
     else:
         with atomic_write(file, MODE_SHARED) as stream:
             if file.suffix == ".npz":
-                np.savez(stream, **weights)
+                np.savez(stream, **weights)  # type: ignore[arg-type]
             else:
                 np.save(stream, np.asarray(weights, dtype=object), allow_pickle=True)
     return {

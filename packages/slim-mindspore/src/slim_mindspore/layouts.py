@@ -42,6 +42,7 @@ from slim_core.formats import decode_deq_scale, encode_deq_scale
 from slim_core.layers import QuantizedLinear
 from slim_core.packing import pack_int4, unpack_int4
 from slim_core.scheme import Granularity, QuantScheme, TensorScheme
+from slim_mindspore.quantization_config import QuantizationConfig
 from slim_mindspore.quantized_layer import SmoothedLinear
 
 Tensors = dict[str, np.ndarray]
@@ -86,6 +87,30 @@ def unsupported(layout: str, scheme: QuantScheme, rows: int) -> str | None:
     if weight is not None and weight.dtype == INT4 and rows % 2:
         return f"layout {layout} packs two rows in a byte; {rows} rows are odd"
     return None
+
+
+def check_ascend(config: QuantizationConfig) -> None:
+    """Require that the ``ascend_v1`` format can hold what a configuration makes.
+
+    Raises
+    ------
+    FormatError
+        The configuration has int4 weights, a cache with scales per token, or smoothing.
+    """
+    layers = [config, *config.layer_policies.values()]
+    if config.outliers_suppression is not None:
+        raise FormatError(
+            "ascend_v1 has no place for scales that divide the input, so outliers_suppression "
+            f"cannot be {config.outliers_suppression}",
+            hint="write a .ckpt or .safetensors file (layout gs-ptq)",
+        )
+    if any(layer.weight_dtype == "int4" for layer in layers):
+        raise FormatError(
+            "int4 weights are written in layout gs-ptq only",
+            hint="write a .ckpt or .safetensors file",
+        )
+    if config.kvcache_quant_granularity == "per_token":
+        raise FormatError("ascend_v1 holds a cache with fixed scales only, not one per token")
 
 
 def _encode_rtn(result: SmoothedLinear, dtype: Any) -> Tensors:

@@ -26,5 +26,6 @@ def prepare_cpu() -> None:
     to another thread and waits, which on a busy CPU costs far more than the operators of a small
     network do.
     """
-    ms.set_context(mode=ms.PYNATIVE_MODE, pynative_synchronize=True)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     ms.set_device("CPU")
+    ms.runtime.launch_blocking()

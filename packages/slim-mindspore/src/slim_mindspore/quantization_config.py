@@ -160,7 +160,11 @@ class QuantizationConfig(LayerPolicy):
     def _check_method(self) -> QuantizationConfig:
         for problem in _method_problems(self):
             raise ValueError(problem)
-        self.smooth_args(), self.awq_args(), self.gptq_args()  # unknown options are errors
+        for options in (self.smooth_args, self.awq_args, self.gptq_args):
+            try:
+                options()
+            except ValidationError as error:
+                raise ValueError(_option_problem(error)) from error
         return self
 
     @classmethod
@@ -246,6 +250,12 @@ def _method_problems(config: QuantizationConfig) -> list[str]:
     if config.algorithm_args and not (outliers or recovery):
         problems.append("algorithm_args must be empty: the method has no options")
     return problems
+
+
+def _option_problem(error: ValidationError) -> str:
+    item = error.errors()[0]
+    where = ".".join(str(part) for part in item["loc"])
+    return f"algorithm_args.{where}: {item['msg']}, found {item['input']!r:.80}"
 
 
 def _explain(source: str, error: ValidationError, known: list[str]) -> str:

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 
 from slim_core.checkpoint import copy_side_files, open_checkpoint
-from slim_core.errors import CheckpointError, FormatError, PlanError
+from slim_core.errors import CheckpointError, PlanError
 from slim_core.export import CheckpointExport
 from slim_core.files import PathLike, as_path, staged_dir, write_json
 from slim_core.formats import DESCRIPTION_FILE, FORMATS
 from slim_core.validate import check_choice
 from slim_mindspore.cache_format import CACHE_TYPE, encode_cache
-from slim_mindspore.layouts import LAYOUTS, PACKED, encode_layer, unsupported
+from slim_mindspore.layouts import LAYOUTS, PACKED, check_ascend, encode_layer, unsupported
 from slim_mindspore.names import to_hugging_face
 from slim_mindspore.quantize import QuantizedNetwork
 from slim_mindspore.quantized_layer import type_name
@@ -106,20 +106,13 @@ def save_ascend(
     Raises
     ------
     FormatError
-        A layer has smoothing scales, or a scheme, that the format has no place for; names it.
+        As :func:`slim_mindspore.layouts.check_ascend`.
     OutputExistsError
         The directory is not empty.
     CheckpointError
         The source is not the model that was quantized.
     """
-    for name, result in quantized.layers.items():
-        if result.smooth is not None:
-            raise FormatError(
-                f"{name}: ascend_v1 has no place for scales that divide the input",
-                hint="use no outliers_suppression, or a gs-... layout",
-            )
-        if type_name(result.layer.scheme).startswith("W4"):
-            raise FormatError(f"{name}: slim-mindspore writes int4 weights in layout gs-ptq only")
+    check_ascend(quantized.config)
     checkpoint = open_checkpoint(source)
     by_cell = {to_hugging_face(name): result.layer for name, result in quantized.layers.items()}
     missing = [name for name in by_cell if f"{name}.weight" not in checkpoint.tensors]

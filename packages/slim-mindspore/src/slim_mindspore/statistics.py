@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from slim_core.errors import CalibrationError
 from slim_core.numerics import check_finite
-from slim_mindspore.framework import Tensor, ms
+from slim_mindspore.framework import Tensor, ms, nn, ops
 from slim_mindspore.modes import pynative
 
 KEPT_ROWS = 512
@@ -128,7 +128,7 @@ def collect(
     with pynative(), contextlib.ExitStack() as hooks:
         for name, cell in cells.items():
             width = channels_from(cell) if channels_from else None
-            hooks.enter_context(_watch(cell, statistics[name], width))
+            hooks.callback(watch(cell, statistics[name], width).remove)
         for batch in batches:
             network(Tensor(np.asarray(batch, np.int32), ms.int32)).asnumpy()
             count += 1
@@ -143,14 +143,17 @@ def collect(
     return statistics
 
 
-@contextlib.contextmanager
-def _watch(cell: Any, statistics: InputStatistics, width: int | None) -> Iterator[None]:
-    def look(_: Any, inputs: Any) -> None:
-        x = ms.ops.cast(inputs[0], ms.float32).asnumpy()
-        statistics.update(x.reshape(-1, width or x.shape[-1]))
+def watch(cell: Any, statistics: InputStatistics, width: int | None = None) -> Any:
+    """Let a cell report its inputs until the returned handle is removed (PyNative mode).
 
-    handle = cell.register_forward_pre_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
+    Channels are the last axis, or as many last axes as make up ``width``; the second axis of the
+    input of a convolution.
+    """
+
+    def look(_: Any, inputs: Any) -> None:
+        x = ops.cast(inputs[0], ms.float32).asnumpy()
+        if isinstance(cell, nn.Conv2d):
+            x = np.moveaxis(x, 1, -1)
+        statistics.update(np.ascontiguousarray(x).reshape(-1, width or x.shape[-1]))
+
+    return cell.register_forward_pre_hook(look)

@@ -15,7 +15,7 @@ from slim_core.files import check_output_dir
 from slim_mindspore.approaches import APPROACHES, from_approach
 from slim_mindspore.datasets import DATASETS, DEFAULT_SAMPLES, read_texts, token_batches
 from slim_mindspore.hub import read_config
-from slim_mindspore.layouts import LAYOUTS
+from slim_mindspore.layouts import LAYOUTS, check_ascend
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.quantization_config import GROUP_SIZES, QuantizationConfig
 from slim_mindspore.run_config import read_run_config
@@ -192,6 +192,7 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 def _check_output(job: Job, overwrite: bool) -> None:
     if job.ascend:
+        check_ascend(job.config)
         check_output_dir(job.output, overwrite=overwrite)
     elif job.output.exists() and not overwrite:
         raise OutputExistsError(f"{job.output} is there already", hint="pass --overwrite")

@@ -86,7 +86,9 @@ def gptq(
                 new = find_params(members, _per_channel(scheme), weight_range)
                 scale[:, index], offset[:, index] = new[0][:, 0], new[1][:, 0]
             s, z = scale[:, index].astype(np.float64), offset[:, index].astype(np.float64)
-            code = np.clip(np.rint(work[:, at] / s + z), lowest, scheme.dtype.max)
+            # Rounded in float32, so that ties fall as they do without GPTQ.
+            exact = work[:, at].astype(np.float32) / scale[:, index] + offset[:, index]
+            code = np.clip(np.rint(exact), lowest, scheme.dtype.max).astype(np.float64)
             codes[:, order[at]] = code
             error = (work[:, at] - (code - z) * s) / upper[at, at]
             work[:, at:end] -= error[:, None] * upper[at, at:end]

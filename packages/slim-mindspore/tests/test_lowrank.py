@@ -1,0 +1,172 @@
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+
+from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueError
+from slim_mindspore import Decompose, count_parameters
+from slim_mindspore.evaluate import relative_error
+
+
+class Sample(nn.Cell):
+    """The sample network of the reference tests, by its published sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.SequentialCell([nn.Embedding(16, 32), nn.Dense(32, 64)])
+        self.feature = nn.SequentialCell(
+            [nn.Conv2d(64, 128, 3, has_bias=True), nn.ReLU(), nn.Conv2d(128, 64, 1, has_bias=True)]
+        )
+        self.inner = nn.Dense(1600, 512, activation="relu")
+        self.classifier = nn.SequentialCell([nn.Dense(512, 256), nn.Dense(256, 10)])
+
+    def construct(self, ids):
+        x = self.embedding(ids).transpose(0, 3, 1, 2)
+        return self.classifier(self.inner(self.feature(x).reshape(ids.shape[0], -1)))
+
+
+@pytest.fixture
+def sample():
+    ms.set_seed(0)
+    return Sample()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    random = np.random.default_rng(0)
+    return [[ms.Tensor(random.integers(0, 16, (8, 5, 5)).astype(np.int32))] for _ in range(6)]
+
+
+def test_ranks_of_the_reference(sample):
+    assert count_parameters(sample) == 1_038_346
+    assert Decompose(sample).from_ratio(0.5).decompose_config == {
+        "feature.0": (64, 64),
+        "inner": 192,
+        "classifier.0": 128,
+    }
+    assert Decompose(sample).from_ratio(0.5, divisor=16).decompose_config == {
+        "embedding.1": 16,
+        "feature.0": (64, 64),
+        "feature.2": (32, 32),
+        "inner": 192,
+        "classifier.0": 80,
+    }
+    assert Decompose(sample).from_fixed(16).decompose_config == {
+        "feature.0": (64, 64),
+        "inner": 64,
+        "classifier.0": 64,
+    }
+
+
+def test_structure_and_names(sample, batches):
+    table = {"feature.0": (32, 16), "feature.2": (16, 32)}
+    network = Decompose(sample).from_dict(table, divisor=16).decompose_network()
+    assert network is sample
+    assert count_parameters(network) == 971_786
+    Decompose(network).from_dict({"inner": 64, "embedding.1": 16}, divisor=16).decompose_network()
+    names = [parameter.name for parameter in network.get_parameters()]
+    assert names[0] == "embedding.0.embedding_table"
+    for part in ("feature.0.0.weight", "feature.0.2.bias", "inner.0.weight", "inner.1.bias"):
+        assert part in names
+    assert "inner.weight" not in names
+    assert network(*batches[0]).shape == (8, 10)
+
+
+def test_embedding():
+    network = nn.SequentialCell([nn.Embedding(32, 64)])
+    Decompose(network).from_fixed(16, divisor=16).decompose_network()
+    assert count_parameters(network) == 1536
+    names = [parameter.name for parameter in network.get_parameters()]
+    assert names == ["0.0.embedding_table", "0.1.weight"]
+
+
+def test_full_rank_keeps_the_outputs(sample, batches):
+    before = sample(*batches[0]).asnumpy()
+    decompose = Decompose(sample)
+    decompose.decompose_config = {
+        "embedding.0": 16,
+        "embedding.1": 32,
+        "feature.0": (128, 64),
+        "feature.2": (64, 128),
+        "classifier.0": 256,
+    }
+    after = decompose.decompose_network()(*batches[0]).asnumpy()
+    assert relative_error(after, before) <= 1e-5
+
+
+def test_data_beats_the_plain_weight(batches):
+    errors = []
+    for datasets in (None, batches[1:]):
+        ms.set_seed(0)
+        network = Sample()
+        before = network(*batches[0]).asnumpy()
+        Decompose(network).from_ratio(0.5, divisor=16).decompose_network(datasets=datasets)
+        errors.append(relative_error(network(*batches[0]).asnumpy(), before))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_graph_mode(sample, batches, graph_mode):
+    Decompose(sample).from_ratio(0.5).decompose_network()
+    graph = sample(*batches[0]).asnumpy()
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    assert np.abs(graph - sample(*batches[0]).asnumpy()).max() <= 1e-6
+
+
+def test_structure_first_weights_later(sample, batches, tmp_path):
+    config = str(tmp_path / "ranks.json")
+    other = Sample()
+    Decompose(sample, config).from_ratio(0.5).decompose_network()
+    assert json.loads((tmp_path / "ranks.json").read_text())["feature.0"] == [64, 64]
+    Decompose(other, config).from_file().decompose_network(do_decompose_weight=False)
+    ms.save_checkpoint(sample, str(tmp_path / "w.ckpt"))
+    left = ms.load_param_into_net(other, ms.load_checkpoint(str(tmp_path / "w.ckpt")))
+    assert left == ([], [])
+    np.testing.assert_array_equal(other(*batches[0]).asnumpy(), sample(*batches[0]).asnumpy())
+
+
+def test_precision_is_kept():
+    network = nn.SequentialCell([nn.Dense(64, 64, dtype=ms.float16)])
+    network[0].to_float(ms.float16)
+    Decompose(network).from_fixed(16, divisor=16).decompose_network()
+    assert network[0][0].weight.dtype == ms.float16
+    assert network[0].get_flags()["fp16"]
+    assert network(ms.Tensor(np.ones((1, 64), np.float16))).dtype == ms.float16
+
+
+def test_linear_of_mindformers_style():
+    class Linear(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.transpose_b = False
+            values = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+            self.weight = ms.Parameter(ms.Tensor(values), name="weight")
+
+        def construct(self, x):
+            return ms.ops.matmul(x, self.weight)
+
+    network = nn.SequentialCell([Linear()])
+    x = ms.Tensor(np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32))
+    before = network(x).asnumpy()
+    decompose = Decompose(network)
+    decompose.decompose_config = {"0": 64}
+    after = decompose.decompose_network()(x).asnumpy()
+    assert relative_error(after, before) <= 1e-5
+
+
+def test_bad_arguments(sample, batches):
+    with pytest.raises(InvalidValueError, match=r"model must be a mindspore\.nn\.Cell, not int"):
+        Decompose(3)
+    with pytest.raises(InvalidValueError, match="call one of the from_"):
+        Decompose(sample).decompose_network()
+    for ratio in (0.0, 1.0, 1, "0.5"):
+        with pytest.raises(InvalidValueError, match="channel_ratio"):
+            Decompose(sample).from_ratio(ratio)
+    ready = Decompose(sample).from_ratio(0.5)
+    with pytest.raises(InvalidTypeError, match=r"datasets\[0\] must be dict or list, not int"):
+        ready.decompose_network(datasets=[3])
+    with pytest.raises(CalibrationError, match="hold no batch"):
+        ready.decompose_network(datasets=[])
+    with pytest.raises(InvalidTypeError, match="network must be Cell"):
+        count_parameters(3)
