@@ -214,3 +214,18 @@ def test_as_plain_values() -> None:
     assert found["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
     assert found["layers"][0]["shape"] == [64, 64]
     assert found["layers"][0]["scheme"] == "w8a8"
+
+
+def test_memory_of_a_calibrated_run_is_that_of_one_block() -> None:
+    block = 4 * sum(rows * columns for rows, columns in LAYER.values())
+    for depth in (2, 8):
+        layers = {
+            f"model.layers.{n}.{k}": shape for n in range(depth) for k, shape in LAYER.items()
+        }
+        outside = 1000
+        made = plan(layers, before=depth * block + 4 * outside)
+        assert made.memory == 3 * block + 4 * outside
+
+
+def test_memory_of_a_weights_only_run_is_that_of_the_largest_weight() -> None:
+    assert plan(scheme="w8a16").memory == 4 * 4 * 128 * 64 + 2**26

@@ -5,6 +5,7 @@ A plan is made from names, shapes and a recipe alone, so a mistake costs seconds
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, int]
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")  # up to the number of the decoder block
 # The grammar admits per-token int8 with the same weights for every static type.
 _PER_TOKEN_INT8 = QuantScheme.parse("w8a8_dynamic").activation
 
@@ -94,6 +96,25 @@ class Plan:
         )
         return self.bytes_before - saved
 
+    @property
+    def memory(self) -> int:
+        """Rough peak memory of the run in bytes, without libraries and calibration activations.
+
+        Block by block: three times the largest block in float32 (its weights, one layer's codes
+        and errors, intermediate activations) and what lies outside the blocks.  Weights only: four
+        float32 copies of the largest weight and the 64 MiB that the writer buffers.
+        """
+        sizes = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.layers}
+        if not self.needs_calibration:
+            return 16 * max(sizes.values()) + (1 << 26)
+        blocks: dict[str, int] = {}
+        for name, size in sizes.items():
+            numbered = _BLOCK.match(name)
+            block = numbered.group() if numbered else name
+            blocks[block] = blocks.get(block, 0) + size
+        outside = self.bytes_before // _ITEM_BYTES[self.model_dtype] - sum(sizes.values())
+        return 12 * max(blocks.values()) + 4 * outside
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for JSON."""
         return {
@@ -104,6 +125,7 @@ class Plan:
             "needs_calibration": self.needs_calibration,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "memory": self.memory,
             "warnings": list(self.warnings),
             "layers": [
                 {

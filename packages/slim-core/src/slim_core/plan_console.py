@@ -39,6 +39,7 @@ def _summary(plan: Plan) -> Iterator[str]:
         f"weights {plan.bytes_before / _MB:.1f} MB -> about {plan.bytes_after / _MB:.1f} MB "
         f"({ratio:.2f}x smaller)"
     )
+    yield f"memory about {plan.memory / _MB:.0f} MB, libraries and activations not counted"
     if plan.needs_calibration:
         yield "needs calibration data"
     for warning in plan.warnings:
