@@ -21,7 +21,7 @@ def policy(profile, heads=4, kv_heads=4, **options):
 
 def layer_for(policy, *, frozen=False, slopes=None):
     layer = RazorLayer(0, policy, frozen=frozen, check=lambda index: None)
-    layer.slopes = slopes
+    layer.alibi, layer.slopes = slopes is not None, slopes
     return layer
 
 
@@ -274,7 +274,7 @@ def test_growth_keeps_slack_small():
     for _ in range(50):
         store.push(torch.zeros(1, 1, 1, D), torch.zeros(1, 1, 1, D))
     assert store.nbytes() == 1050 * 2 * D * 4
-    assert store.allocated() <= 1.26 * 1001 * 2 * D * 4
+    assert store.allocated() <= 1.13 * 1001 * 2 * D * 4
 
 
 def test_many_windows_are_rounded_up_to_buckets():

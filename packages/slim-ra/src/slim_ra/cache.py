@@ -135,7 +135,7 @@ class RazorCache(Cache):
                     f"layer {layer.index} did not attend through its RazorCache", hint=hint
                 )
         current: Any = self.layers[index]
-        if isinstance(self.policy.profile, AlibiWindows) and current.slopes is None:
+        if isinstance(self.policy.profile, AlibiWindows) and not current.alibi:
             raise StructureError("ALiBi windows are given, but this model has no ALiBi attention")
 
 

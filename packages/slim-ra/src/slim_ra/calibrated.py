@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from slim_core.errors import CalibrationError, InvalidValueError, NumericalError, StructureError
+from slim_core.logging import get_logger
 from slim_core.progress import track
 from slim_ra.config import check_positive
 from slim_ra.geometry import position_encoding
 from slim_ra.lse import TILE_BYTES, dots
 from slim_ra.observe import Attention, observed
 from slim_ra.profile import AlibiWindows
+
+_SATURATED = 0.85  # of the text's length: a window this long was probably cut off by its end
+_log = get_logger("ra")
 
 
 @torch.inference_mode()
@@ -71,9 +75,19 @@ def calibrated_windows(
     finally:
         model.train(training)
     windows = [_quantile(torch.cat(needed[layer], 1), 1 - delta) for layer in sorted(needed)]
+    found = torch.stack(windows)
+    longest = max(batch.shape[1] for batch in ids)
+    cut_short = int((found > _SATURATED * longest).sum())
+    if cut_short:
+        _log.warning(
+            "%d of %d windows nearly span the texts of %d tokens: calibrate on longer ones",
+            cut_short,
+            found.numel(),
+            longest,
+        )
     tokens = sum(batch.numel() for batch in ids)
     settings = {"mode": "calibrated", "epsilon": epsilon, "delta": delta, "tokens": tokens}
-    return AlibiWindows(torch.stack(windows), settings)
+    return AlibiWindows(found, settings)
 
 
 def needed_windows(attention: Attention, epsilon: float) -> Tensor:

@@ -74,6 +74,10 @@ def heads(
     needle_ratio: Annotated[float, typer.Option(help="Share of heads by needle score.")] = 0.0,
     needles: Annotated[int, typer.Option(help="Needle texts for the needle score.")] = 0,
     min_heads: Annotated[int, typer.Option(help="At least so many heads of each kind.")] = 0,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of the full cache at 32k tokens, in place of the shares above."),
+    ] = None,
     protect_first_layers: Protect = 0,
     unit_length: Annotated[
         Optional[int],  # noqa: UP045
@@ -97,6 +101,7 @@ def heads(
         output,
         ratios=(induction_ratio, echo_ratio, needle_ratio),
         min_heads=min_heads,
+        budget=budget,
         protect_first_layers=protect_first_layers,
         plot=plot,
         loading=(dtype, device, trust_remote_code),

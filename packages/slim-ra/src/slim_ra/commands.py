@@ -16,13 +16,17 @@ from slim_core.files import check_input_file, write_json
 from slim_core.validate import check_choice
 from slim_ra.config import RACompressConfig, check_ratio
 from slim_ra.evaluate import (
+    Passkey,
+    Prefill,
     decode_perplexity,
     full_cache,
+    full_logits,
     passkey_accuracy,
     passkeys,
     with_cache,
 )
 from slim_ra.geometry import head_geometry
+from slim_ra.memory import predict
 from slim_ra.plots import check_plot_path, head_map, trade_off, window_map
 from slim_ra.policy import RazorPolicy
 from slim_ra.profile import AlibiWindows, RetrievalHeads, read_profile, write_profile
@@ -30,10 +34,11 @@ from slim_ra.runtime import razor
 from slim_ra.savepath import check_save_path
 from slim_ra.scorefile import read_scores, scores_path, write_scores
 from slim_ra.scores import search_heads
-from slim_ra.select import select_heads
+from slim_ra.select import select_by_bytes, select_heads
 from slim_ra.tables import heads_table, memory_table, windows_table
 from slim_ra.windows import bound_windows, legacy_windows
 
+BUDGET_TOKENS = 32768
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES = ("legacy", "bound", "calibrated")
 Loading = tuple[str, str, bool]
@@ -45,6 +50,7 @@ def heads(
     *,
     ratios: tuple[float, float, float],
     min_heads: int,
+    budget: float | None,
     protect_first_layers: int,
     search: dict[str, Any],
     loading: Loading,
@@ -54,20 +60,29 @@ def heads(
     path = check_save_path(output)
     for name, ratio in zip(("induction-ratio", "echo-ratio", "needle-ratio"), ratios, strict=True):
         check_ratio(name, ratio)
+    if budget is not None:
+        check_ratio("budget", budget)
+        if protect_first_layers or min_heads:
+            raise InvalidValueError("budget leaves no room for protect-first-layers or min-heads")
     if ratios[2] and not search["needles"]:
         raise InvalidValueError("needle-ratio is above 0, so needles must be, too")
     if plot is not None:
         check_plot_path(plot)
     loaded, tokenizer = load(model, loading)
     scores = search_heads(loaded, tokenizer, **search)
-    found = select_heads(
-        scores,
-        induction_ratio=ratios[0],
-        echo_ratio=ratios[1],
-        needle_ratio=ratios[2],
-        min_heads=min_heads,
-        protect_first_layers=protect_first_layers,
-    )
+    if budget is None:
+        found = select_heads(
+            scores,
+            induction_ratio=ratios[0],
+            echo_ratio=ratios[1],
+            needle_ratio=ratios[2],
+            min_heads=min_heads,
+            protect_first_layers=protect_first_layers,
+        )
+    else:
+        nothing = RazorPolicy.from_profile(RetrievalHeads({}), loaded.config)
+        kept = predict(nothing, BUDGET_TOKENS, itemsize=loaded.dtype.itemsize).ratio
+        found = select_by_bytes(scores, budget, kept=kept)
     write_profile(path, found)
     write_scores(scores_path(path), scores)
     console = Console()
@@ -151,14 +166,16 @@ def evaluate(
     samples = passkeys(loaded.config, tokenizer, length=length, samples=count, seed=seed)
     file, prompt, decode, limit = text
     texts = [] if file is None else text_windows(file, tokenizer, prompt + decode, limit)
-    rows = [_measure("full", loaded, samples, texts, prompt, full_cache(loaded))]
+    reference = full_logits(loaded, texts, prompt=prompt)
+    reading = (texts, prompt, reference)
+    rows = [_measure("full", loaded, samples, reading, full_cache(loaded))]
     choices: list[int | None] = [*windows] or [None]
     for window in choices:
         options = {**policy, **({} if window is None else {"window": window})}
         fixed = RazorPolicy.from_profile(known, loaded.config, **options)
         with razor(loaded, fixed, mode=mode) as new_cache:
             name = "razor" if window is None else f"razor, window {window}"
-            rows.append(_measure(name, loaded, samples, texts, prompt, with_cache(new_cache)))
+            rows.append(_measure(name, loaded, samples, reading, with_cache(new_cache)))
     console = Console()
     console.print(_evaluation_table(rows, bool(texts)))
     if json is not None:
@@ -285,12 +302,17 @@ def _directory(model: str) -> Path:
 
 
 def _measure(
-    name: str, model: Any, samples: Any, texts: list[Tensor], prompt: int, prefill: Any
+    name: str,
+    model: Any,
+    samples: list[Passkey],
+    reading: tuple[list[Tensor], int, list[Tensor]],
+    prefill: Prefill,
 ) -> dict[str, Any]:
     found = passkey_accuracy(model, samples, prefill)
     row: dict[str, Any] = {"name": name, "passkey": {**asdict(found), "ratio": found.ratio}}
+    texts, prompt, reference = reading
     if texts:
-        read = decode_perplexity(model, texts, prefill, prompt=prompt)
+        read = decode_perplexity(model, texts, prefill, prompt=prompt, reference=reference)
         row["text"] = {**asdict(read), "ratio": read.ratio}
     return row
 

@@ -218,7 +218,12 @@ def passkey_accuracy(
 
 @torch.inference_mode()
 def decode_perplexity(
-    model: Any, texts: Sequence[Tensor], prefill: Prefill, *, prompt: int
+    model: Any,
+    texts: Sequence[Tensor],
+    prefill: Prefill,
+    *,
+    prompt: int,
+    reference: Sequence[Tensor] | None = None,
 ) -> Perplexity:
     """Perplexity of the tokens after a prompt, fed one by one.
 
@@ -230,6 +235,8 @@ def decode_perplexity(
     prefill : callable
     prompt : int
         Tokens that are fed at once, and then compressed.
+    reference : sequence of Tensor, optional
+        What :func:`full_logits` returns for the same texts; computed if not given.
 
     Raises
     ------
@@ -238,22 +245,33 @@ def decode_perplexity(
     """
     if not texts or any(text.shape[1] < prompt + 2 for text in texts):
         raise CalibrationError(f"texts need at least {prompt + 2} tokens")
+    if reference is None:
+        reference = full_logits(model, texts, prompt=prompt)
     device = model.get_input_embeddings().weight.device
     loss = divergence = agreement = 0.0
     count = held = full = 0
-    for text in track(list(texts), "perplexity"):
+    for text, expected in track(list(zip(texts, reference, strict=True)), "perplexity"):
         ids = text.to(device)
         logits, cache = _decoded(model, ids, prefill, prompt)
-        expected, _ = _decoded(model, ids, full_cache(model), prompt)
         target = ids[0, prompt:]
         loss += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-        own, reference = logits.log_softmax(-1), expected.log_softmax(-1)
-        divergence += float((reference.exp() * (reference - own)).sum())
-        agreement += float((own.argmax(-1) == reference.argmax(-1)).sum())
+        own, wanted = logits.log_softmax(-1), expected.log_softmax(-1)
+        divergence += float((wanted.exp() * (wanted - own)).sum())
+        agreement += float((own.argmax(-1) == wanted.argmax(-1)).sum())
         count += len(target)
         held = max(held, held_bytes(cache))
         full = max(full, _full_bytes(model, cache, ids.shape[1]))
     return Perplexity(math.exp(loss / count), divergence / count, agreement / count, held, full)
+
+
+@torch.inference_mode()
+def full_logits(model: Any, texts: Sequence[Tensor], *, prompt: int) -> list[Tensor]:
+    """Logits of the full cache for the tokens after each prompt, fp32 ``[n, vocabulary]``."""
+    device = model.get_input_embeddings().weight.device
+    prefill = full_cache(model)
+    return [
+        _decoded(model, text.to(device), prefill, prompt)[0] for text in track(list(texts), "full")
+    ]
 
 
 def _decoded(model: Any, ids: Tensor, prefill: Prefill, prompt: int) -> tuple[Tensor, Any]:

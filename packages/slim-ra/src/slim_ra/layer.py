@@ -45,7 +45,8 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.frozen = frozen
         self.check = check
         self.defer = False
-        self.slopes: Tensor | None = None
+        self.alibi = False
+        self.slopes: Tensor | None = None  # one a KV head, where that is defined
         self.pending: tuple[Tensor, Tensor] | None = None
         self.stores: list[HeadStore] = []
         self.seen = 0

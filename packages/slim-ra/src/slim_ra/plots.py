@@ -60,6 +60,7 @@ def head_map(path: PathLike, heads: RetrievalHeads, scores: HeadScores | None) -
             for head in row:
                 _frame(axes, head, layer)
         axes.set(title=title, xlabel="KV head", ylabel="layer")
+        _whole_numbers(axes)
     _save(figure, file)
 
 
@@ -72,6 +73,7 @@ def window_map(path: PathLike, windows: AlibiWindows) -> None:
     axes = figure.add_subplot()
     figure.colorbar(axes.imshow(values.numpy(), aspect="auto"), ax=axes)
     axes.set(title="window, log10 tokens", xlabel="head", ylabel="layer")
+    _whole_numbers(axes)
     _save(figure, file)
 
 
@@ -104,6 +106,13 @@ def _figure(width: float, height: float) -> Any:
             "plots need matplotlib", hint="pip install 'slim-ra[plots]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _frame(axes: Any, column: int, row: int) -> None:

@@ -127,7 +127,8 @@ def _alibi_forward(module: Any, family: Family, original: Callable[..., Any]) ->
                 "compensation needs one ALiBi slope a KV head, but query heads share them here",
                 hint="use compensation='none'",
             )
-        layer.slopes = slopes if policy.geometry.group == 1 else slopes.new_zeros(len(slopes))
+        layer.alibi = True
+        layer.slopes = slopes if policy.geometry.group == 1 else None
         query, key, value = family.project(call)
         pads = _alibi_padding(family, call, layer.seen)
         layer.update(key, value)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PAGE = 64  # slots that a growing store adds at least
+_PAGE = 256  # slots that a growing store adds at most: attention reads far more than a copy does
 _CHUNK = 4096  # tokens whose fp32 copies are held at once while they join the mean
 
 WindowRule = Callable[[int], int]
@@ -237,7 +237,7 @@ class HeadStore:
         """Put tokens into slots from ``slot`` on, growing the storage when it is full."""
         stop = slot + key.shape[2]
         if stop > self.keys.shape[2]:
-            capacity = stop + max(_PAGE, stop // 4)
+            capacity = stop + min(_PAGE, max(16, stop // 8))
             if self.windows is not None and not self.frozen:
                 capacity = min(capacity, max(stop, self.ring + self.sink_size))
             self.keys = _grown(self.keys, self.size, capacity)

@@ -51,7 +51,13 @@ def memory_table(
     policy: RazorPolicy, itemsize: int, lengths: Sequence[int] = LENGTHS, batch: int = 1
 ) -> Table:
     """Predicted bytes of the full and of the compressed cache."""
-    table = Table("tokens", "full cache", "razor", "share", title="predicted memory of the cache")
+    table = Table(
+        "tokens",
+        "full cache",
+        "razor",
+        "share",
+        title=f"predicted memory of the cache, {itemsize} bytes a number",
+    )
     for column in table.columns:
         column.justify = "right"
     for tokens in lengths:
