@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# Hypothesis without deadlines: how fast a shared machine is says nothing about the code.
+settings.register_profile("slim", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("slim")
 
 VOCAB = 128
 COMMON = {
@@ -130,11 +135,11 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     """
     made: dict[tuple[Any, ...], Path] = {}
 
-    def save(family: str, **settings: Any) -> Path:
-        key = (family, *sorted(settings.items(), key=str))
+    def save(family: str, **changes: Any) -> Path:
+        key = (family, *sorted(changes.items(), key=str))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family) / "model"
-            save_tiny_model(build_tiny_model(family, **settings), made[key])
+            save_tiny_model(build_tiny_model(family, **changes), made[key])
         return made[key]
 
     return save
@@ -237,8 +242,8 @@ def build_tiny_model(
     if family == "chatglm":
         model: PreTrainedModel = TinyChatGLM(TinyChatGLMConfig(**changes))
     else:
-        config_class, model_class, settings = FAMILIES[family]
-        config = getattr(transformers, config_class)(**{**settings, **changes})
+        config_class, model_class, given = FAMILIES[family]
+        config = getattr(transformers, config_class)(**{**given, **changes})
         model = getattr(transformers, model_class)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

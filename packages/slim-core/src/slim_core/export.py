@@ -56,9 +56,18 @@ class CheckpointExport:
         prefix = weight_file or form.weight_file(model_type)
         self._writer = ShardWriter(directory, prefix, max_shard_bytes=max_shard_bytes)
 
-    def add_layer(self, layer: QuantizedLinear) -> int:
-        """Write the tensors of a quantized layer and return their bytes."""
+    def add_layer(self, layer: QuantizedLinear, *, transposed: bool = False) -> int:
+        """Write the tensors of a quantized layer and return their bytes.
+
+        Parameters
+        ----------
+        transposed : bool
+            Whether the float checkpoint stores the weight as (in, out), as that of GPT-2 does.
+            Quantized weights are (out, in) all the same, as engines read them.
+        """
         tensors = self._form.encode(layer)
+        if transposed and self._form.description_file("") is None:
+            tensors["weight"] = np.ascontiguousarray(tensors["weight"].T)
         types = self._form.entries(layer, tensors)
         for local, array in tensors.items():
             self._add(f"{layer.name}.{local}", array, types[local])

@@ -94,6 +94,23 @@ def take_inventory(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     return Inventory(linears, dtype, modules, frozenset(transposed), model, blocks, rename)
 
 
+def transposed_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the layers whose float weight a model class keeps as (in, out).
+
+    Only classes of transformers itself do; a model that it cannot build has none.
+    """
+    try:
+        model = empty_model(checkpoint)
+    except (CheckpointError, StructureError):
+        return frozenset()
+    rename = names_of(model)
+    return frozenset(
+        rename(f"{path}.weight").removesuffix(".weight")
+        for path, module in find_linears(model).items()
+        if is_conv1d(module)
+    )
+
+
 def inventory_by_names(checkpoint: Checkpoint) -> Inventory:
     """Find the linear layers by names and shapes alone, for models that transformers lacks.
 

@@ -186,6 +186,7 @@ class _Job:
                 weight_error=error,
                 output_error=None if seen is None else output_error(layer, weight, seen),
                 started=started,
+                transposed=plan.name in self._inventory.transposed,
             )
         )
         self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))

@@ -52,10 +52,11 @@ def write_layer(
     weight_error: float,
     output_error: float | None,
     started: float,
+    transposed: bool = False,
     notes: tuple[str, ...] = (),
 ) -> LayerReport:
     """Write a layer to the checkpoint and return its line in the report."""
-    bytes_after = export.add_layer(on_device(layer, _CPU))
+    bytes_after = export.add_layer(on_device(layer, _CPU), transposed=transposed)
     return LayerReport(
         name=plan.name,
         scheme=str(plan.scheme),

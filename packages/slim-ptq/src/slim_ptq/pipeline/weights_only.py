@@ -57,6 +57,7 @@ def run_weights_only(
                 weight_error=error,
                 output_error=None,
                 started=started,
+                transposed=layer.name in inventory.transposed,
             )
         )
     return reports
