@@ -17,6 +17,9 @@ Buffer allocate(std::size_t size) {
   return {memory, std::free};
 }
 
+// Codes of eleven bits and an escape byte for each byte of a tile.
+constexpr std::size_t kMaxPayload = kMaxTileBytes * kMaxCodeBits / 8 + kMaxTileBytes + 1024;
+
 class Encoder {
  public:
   Encoder(const View& matrix, std::size_t n, std::size_t k, const EncodeOptions& options)
@@ -24,6 +27,7 @@ class Encoder {
 
   Encoded run() {
     parts_.resize(grid_.tiles() * kStreams);
+    fill_.resize(grid_.tiles());
     count_all();
     choose();
     place_slots();
@@ -40,6 +44,12 @@ class Encoder {
     });
   }
 
+  // Of a large matrix every fourth row is counted: enough to make tables by.
+  std::size_t row_step() const {
+    constexpr std::size_t kTilesForSample = 256;
+    return options_.escapes && grid_.tiles() >= kTilesForSample ? 4 : 1;
+  }
+
   // Parts of a whole, unpadded tile are columns of fractals and can be counted where they lie.
   void count_tile(std::size_t tile, std::uint8_t* scratch) {
     const TileBox box(grid_, tile);
@@ -49,29 +59,44 @@ class Encoder {
                           box.rows * box.cols == box.bytes();
     if (!in_place) gather_tile(box, matrix_, scratch);
     const View m = box.within(matrix_);
+    const std::size_t step = row_step();
     for (std::size_t s = 0; s < kStreams; ++s) {
       counts[s].fill(0);
       if (in_place) {
-        kernels().histogram(m.data + s * kFractalCols, m.row, box.rows, kFractalCols,
-                            counts[s].data());
+        kernels().histogram(m.data + s * kFractalCols, m.row * static_cast<std::ptrdiff_t>(step),
+                            box.rows / step, kFractalCols, counts[s].data());
+        for (auto& count : counts[s]) count = static_cast<std::uint16_t>(count * step);
       } else {
         kernels().histogram(scratch + s * part, 0, 1, part, counts[s].data());
       }
     }
+    fill_[tile] = looks_constant(counts, part) && is_constant(box, scratch, in_place);
+  }
+
+  static bool looks_constant(const PartCounts* counts, std::size_t part) {
+    const auto value = std::find(counts[0].begin(), counts[0].end(), part) - counts[0].begin();
+    if (value == 256) return false;
+    return std::all_of(counts, counts + kStreams,
+                       [&](const PartCounts& c) { return c[value] == part; });
+  }
+
+  bool is_constant(const TileBox& box, std::uint8_t* scratch, bool in_place) const {
+    if (in_place) gather_tile(box, matrix_, scratch);
+    return std::memcmp(scratch, scratch + 1, box.bytes() - 1) == 0;
   }
 
   void choose() {
     std::vector<const PartCounts*> coded;
     std::vector<std::size_t> place;
-    for (std::size_t tile = 0; tile < grid_.tiles(); ++tile) {
-      const bool nib = options_.fast && nib_size(tile) < tile_bytes(tile);
-      if (is_fill(tile) || nib) continue;
+    for (std::size_t tile = 0; tile < grid_.tiles() && !options_.fast; ++tile) {
+      if (fill_[tile] != 0) continue;
       for (std::size_t s = 0; s < kStreams; ++s) {
         place.push_back(tile * kStreams + s);
         coded.push_back(&parts_[place.back()]);
       }
     }
-    TableChoice choice = choose_tables(coded, options_.max_tables, options_.escapes);
+    TableChoice choice =
+        choose_tables(coded, {options_.max_tables, options_.escapes, row_step() > 1});
     tables_ = std::move(choice.tables);
     table_of_.assign(parts_.size(), 0);
     for (std::size_t i = 0; i < place.size(); ++i) table_of_[place[i]] = choice.table_of[i];
@@ -83,59 +108,29 @@ class Encoder {
     }
   }
 
-  // A slot that holds the tile in whatever mode it will take; the gaps are closed afterwards.
+  // A slot that holds the tile in any mode; the gaps are closed afterwards. What is not written
+  // takes address space, but no memory.
   void place_slots() {
     entries_.resize(grid_.tiles());
     slot_at_.resize(grid_.tiles());
     std::size_t at = 0;
     for (std::size_t tile = 0; tile < grid_.tiles(); ++tile) {
       slot_at_[tile] = at;
-      at += slot_bytes(tile);
+      at += fill_[tile] != 0 ? 0 : TileBox(grid_, tile).bytes();
     }
     slots_ = allocate(at + kGuardBytes);
   }
 
-  std::size_t tile_bytes(std::size_t tile) const { return TileBox(grid_, tile).bytes(); }
-
-  std::size_t slot_bytes(std::size_t tile) const {
-    const std::size_t bytes = tile_bytes(tile);
-    if (is_fill(tile)) return 0;
-    const std::size_t huf = huf_bound(tile);
-    const std::size_t nib = nib_size(tile);
-    if (huf >= bytes) return nib < bytes ? nib : bytes;
-    return nib < bytes ? std::max(huf, nib) : huf;
-  }
-
-  bool is_fill(std::size_t tile) const {
-    const PartCounts* counts = &parts_[tile * kStreams];
-    const std::size_t part = tile_bytes(tile) / kStreams;
-    const auto value = std::find(counts[0].begin(), counts[0].end(), part) - counts[0].begin();
-    if (value == 256) return false;
-    return std::all_of(counts, counts + kStreams,
-                       [&](const PartCounts& c) { return c[value] == part; });
-  }
-
-  std::size_t huf_bound(std::size_t tile) const {
-    if (tables_.empty()) return ~std::size_t{0};
-    std::uint64_t bits = 0;
-    for (std::size_t p = tile * kStreams; p < (tile + 1) * kStreams; ++p) {
-      bits += part_cost_bits(tables_[table_of_[p]], parts_[p]);
-    }
-    return bits / 8 + 3 * kStreams + 1;
-  }
-
-  std::size_t nib_size(std::size_t tile) const {
-    std::size_t size = tile_bytes(tile) / 2;
-    for (std::size_t p = tile * kStreams; p < (tile + 1) * kStreams; ++p) {
-      for (std::size_t v = 8; v <= 248; ++v) size += parts_[p][v];
-    }
-    return size;
+  static std::size_t nib_size(const std::uint8_t* tile, std::size_t size) {
+    std::size_t escapes = 0;
+    for (std::size_t i = 0; i < size; ++i) escapes += static_cast<std::uint8_t>(tile[i] + 7) > 14;
+    return size / 2 + escapes;
   }
 
   void encode_all() {
     parallel_for(grid_.tiles(), options_.threads, [&] {
       return [&, bytes = std::vector<std::uint8_t>(kMaxTileBytes),
-              payload = std::vector<std::uint8_t>(kMaxTileBytes + 2 * kWriteSlack)](
+              payload = std::vector<std::uint8_t>(kMaxPayload)](
                  std::size_t tile) mutable {
         encode_tile(tile, bytes.data(), payload.data());
       };
@@ -148,29 +143,28 @@ class Encoder {
     gather_tile(box, matrix_, bytes);
     Entry& e = entries_[tile];
     e.crc = kernels().crc32c(bytes, size);
-    if (is_fill(tile)) {
+    if (fill_[tile] != 0) {
       e.mode = Mode::kFill;
       e.fill = bytes[0];
       return;
     }
-    const std::size_t nib = nib_size(tile);
-    const bool fast = options_.fast && nib < size;
-    e.length = static_cast<std::uint16_t>(size);
+    std::size_t length = size;
     const std::uint8_t* chosen = bytes;
-    if (!fast && huf_bound(tile) < size) {
-      const std::size_t length = kernels().huf_encode(
+    if (!tables_.empty()) {
+      const std::size_t coded = kernels().huf_encode(
           encode_tables_.data(), &table_of_[tile * kStreams], bytes, size, payload);
-      if (length <= nib) {
+      if (coded < size) {
         e.mode = Mode::kHuf;
-        e.length = static_cast<std::uint16_t>(length);
+        length = coded;
         chosen = payload;
       }
     }
-    if (e.mode == Mode::kRaw && nib < size) {
+    if (length > size / 2 && nib_size(bytes, size) < length) {
       e.mode = Mode::kNib;
-      e.length = static_cast<std::uint16_t>(kernels().nib_encode(bytes, size, payload));
+      length = kernels().nib_encode(bytes, size, payload);
       chosen = payload;
     }
+    e.length = static_cast<std::uint16_t>(length);
     std::memcpy(slots_.get() + slot_at_[tile], chosen, e.length);
   }
 
@@ -224,6 +218,7 @@ class Encoder {
   Grid grid_;
   EncodeOptions options_;
   std::vector<PartCounts> parts_;
+  std::vector<std::uint8_t> fill_;  // by tile: 1 if all its bytes are equal
   std::vector<CodeTable> tables_;
   std::vector<std::uint8_t> table_of_;  // by part
   std::vector<EncodeTable> encode_tables_;

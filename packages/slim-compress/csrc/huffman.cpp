@@ -61,8 +61,9 @@ struct Candidate {
 };
 
 // `order`: values that occur, most frequent first. The first `direct` of them get codes.
-Candidate try_direct(const Counts& counts, const std::vector<int>& order, std::size_t direct) {
-  std::uint64_t tail = 0;
+Candidate try_direct(const Counts& counts, const std::vector<int>& order, std::size_t direct,
+                     bool always_escape) {
+  std::uint64_t tail = always_escape && order.size() < 256 ? 1 : 0;
   for (std::size_t i = direct; i < order.size(); ++i) tail += counts[order[i]];
   std::vector<int> symbols(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(direct));
   if (tail != 0) symbols.push_back(static_cast<int>(kEscape));
@@ -89,17 +90,17 @@ Candidate try_direct(const Counts& counts, const std::vector<int>& order, std::s
 
 }  // namespace
 
-CodeTable build_table(const Counts& counts, bool escapes) {
+CodeTable build_table(const Counts& counts, bool escapes, bool always_escape) {
   std::vector<int> order;
   for (int v = 0; v < 256; ++v) {
     if (counts[v] != 0) order.push_back(v);
   }
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return counts[a] > counts[b]; });
-  if (!escapes) return try_direct(counts, order, order.size()).table;
+  if (!escapes) return try_direct(counts, order, order.size(), false).table;
   Candidate best;
   auto consider = [&](std::size_t direct) {
     if (direct < 1 || direct > order.size()) return;
-    Candidate next = try_direct(counts, order, direct);
+    Candidate next = try_direct(counts, order, direct, always_escape);
     if (next.cost < best.cost) best = std::move(next);
   };
   // The cost over the number of direct values has one valley in practice: coarse, then fine.

@@ -20,8 +20,9 @@ struct CodeTable {
 };
 
 // The cheapest table for these counts: which values get a code of their own, which are escaped.
-// At least two values must occur. Without `escapes` each value that occurs gets a code.
-CodeTable build_table(const Counts& counts, bool escapes);
+// At least two values must occur. Without `escapes` each value that occurs gets a code; with
+// `always_escape` the table also holds values that do not occur.
+CodeTable build_table(const Counts& counts, bool escapes, bool always_escape);
 
 Codes canonical_codes(const Lengths& lengths);
 

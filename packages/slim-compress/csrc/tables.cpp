@@ -28,12 +28,45 @@ Counts sum_counts(const Parts& parts, const std::vector<std::uint8_t>& group, st
   return total;
 }
 
+// What a value costs under a table, in 16 bits so that sums of products become vector code.
+class Prices {
+ public:
+  explicit Prices(const CodeTable& table) : complete_(table.has_escape()) {
+    const int escape = table.lengths[kEscape] + 8;
+    for (std::size_t v = 0; v < 256; ++v) {
+      const int length = table.lengths[v];
+      bits_[v] = static_cast<std::int16_t>(length != 0 ? length : escape);
+      missing_[v] = length == 0;
+    }
+  }
+
+  // Bits of a part: codes, and 8 for each escape byte. Huge if the table lacks a value.
+  std::uint64_t operator()(const PartCounts& counts) const {
+    constexpr std::uint64_t kImpossible = std::uint64_t{1} << 32;
+    if (!complete_ && dot(missing_, counts) != 0) return kImpossible;
+    return static_cast<std::uint64_t>(dot(bits_, counts));
+  }
+
+ private:
+  using Values = std::array<std::int16_t, 256>;
+
+  static std::int32_t dot(const Values& values, const PartCounts& counts) {
+    std::int32_t sum = 0;
+    for (std::size_t v = 0; v < 256; ++v) sum += values[v] * static_cast<std::int16_t>(counts[v]);
+    return sum;
+  }
+
+  Values bits_;
+  Values missing_;
+  bool complete_;
+};
+
 // Bits a byte, in 1/1024, of each part under one table.
-std::vector<std::uint64_t> density(const Parts& parts, const CodeTable& table) {
+std::vector<std::uint64_t> density(const Parts& parts, const Prices& price) {
   std::vector<std::uint64_t> bits(parts.size());
   for (std::size_t p = 0; p < parts.size(); ++p) {
     const auto bytes = std::accumulate(parts[p]->begin(), parts[p]->end(), std::uint64_t{0});
-    bits[p] = part_cost_bits(table, *parts[p]) * 1024 / bytes;
+    bits[p] = price(*parts[p]) * 1024 / bytes;
   }
   return bits;
 }
@@ -41,7 +74,7 @@ std::vector<std::uint64_t> density(const Parts& parts, const CodeTable& table) {
 // Starts from parts sorted by how much they cost under the common table, then improves as Lloyd's
 // algorithm does: a table for each group, each part to its cheapest table.
 TableChoice cluster(const Parts& parts, const std::vector<std::uint64_t>& bits, std::size_t groups,
-                    bool escapes) {
+                    const TableRules& rules) {
   std::vector<std::uint32_t> order(parts.size());
   std::iota(order.begin(), order.end(), 0U);
   std::stable_sort(order.begin(), order.end(),
@@ -56,12 +89,13 @@ TableChoice cluster(const Parts& parts, const std::vector<std::uint64_t>& bits, 
     for (std::size_t g = 0; g < groups; ++g) {
       const auto& of = choice.table_of;
       if (std::find(of.begin(), of.end(), g) == of.end()) continue;
-      choice.tables.push_back(build_table(sum_counts(parts, of, g), escapes));
+      choice.tables.push_back(build_table(sum_counts(parts, of, g), rules.escapes, rules.always_escape));
     }
+    const std::vector<Prices> prices(choice.tables.begin(), choice.tables.end());
     for (std::size_t p = 0; p < parts.size(); ++p) {
       std::uint64_t best = ~std::uint64_t{0};
-      for (std::size_t g = 0; g < choice.tables.size(); ++g) {
-        const std::uint64_t cost = part_cost_bits(choice.tables[g], *parts[p]);
+      for (std::size_t g = 0; g < prices.size(); ++g) {
+        const std::uint64_t cost = prices[g](*parts[p]);
         if (cost >= best) continue;
         best = cost;
         choice.table_of[p] = static_cast<std::uint8_t>(g);
@@ -74,42 +108,29 @@ TableChoice cluster(const Parts& parts, const std::vector<std::uint64_t>& bits, 
 std::uint64_t total_bits(const Parts& parts, const TableChoice& choice) {
   std::uint64_t bits = 0;
   for (const auto& table : choice.tables) bits += 8 * table_bytes(table);
-  for (std::size_t p = 0; p < parts.size(); ++p) {
-    bits += part_cost_bits(choice.tables[choice.table_of[p]], *parts[p]);
-  }
+  const std::vector<Prices> prices(choice.tables.begin(), choice.tables.end());
+  for (std::size_t p = 0; p < parts.size(); ++p) bits += prices[choice.table_of[p]](*parts[p]);
   return bits;
 }
 
 }  // namespace
 
-std::uint64_t part_cost_bits(const CodeTable& table, const PartCounts& counts) {
-  constexpr std::uint64_t kImpossible = std::uint64_t{1} << 32;
-  const std::uint32_t escape = table.lengths[kEscape] + 8U;
-  std::uint32_t bits = 0;
-  std::uint32_t missing = 0;
-  for (std::size_t v = 0; v < 256; ++v) {
-    const std::uint32_t length = table.lengths[v];
-    bits += counts[v] * (length != 0 ? length : escape);
-    missing += length != 0 ? 0U : counts[v];
-  }
-  return missing == 0 || table.has_escape() ? bits : kImpossible;
-}
-
-TableChoice choose_tables(const Parts& parts, std::size_t most, bool escapes) {
+TableChoice choose_tables(const Parts& parts, const TableRules& rules) {
   TableChoice one;
   one.table_of.assign(parts.size(), 0);
   if (parts.empty()) return one;
-  one.tables.push_back(build_table(sum_counts(parts, one.table_of, 0), escapes));
-  const std::size_t groups = std::min(most, parts.size());
+  one.tables.push_back(build_table(sum_counts(parts, one.table_of, 0), rules.escapes,
+                                   rules.always_escape));
+  const std::size_t groups = std::min(rules.most, parts.size());
   if (groups < 2) return one;
-  const auto bits = density(parts, one.tables[0]);
+  const auto bits = density(parts, Prices(one.tables[0]));
   const auto [low, high] = std::minmax_element(bits.begin(), bits.end());
   if (*high - *low <= *high / kSpreadShare) return one;
   const std::uint64_t cost = total_bits(parts, one);
   TableChoice best = std::move(one);
   std::uint64_t least = cost - cost / kGainShare;
   for (std::size_t g = 2; g <= groups; g += g) {
-    TableChoice many = cluster(parts, bits, g, escapes);
+    TableChoice many = cluster(parts, bits, g, rules);
     const std::uint64_t bits_of_many = total_bits(parts, many);
     if (bits_of_many >= least) break;
     best = std::move(many);

@@ -15,12 +15,13 @@ struct TableChoice {
   std::vector<std::uint8_t> table_of;  // by part
 };
 
-// Each part gets a table that has a code or an escape for all its values. At most `most` tables;
-// without `escapes` each value has a code.
-TableChoice choose_tables(const std::vector<const PartCounts*>& parts, std::size_t most,
-                          bool escapes);
+struct TableRules {
+  std::size_t most = kMaxTables;
+  bool escapes = true;        // false: each value that occurs has a code
+  bool always_escape = false; // counts are of a sample: a table must hold values that are not in it
+};
 
-// Bits of a part: codes, and 8 for each escape byte. Huge if the table lacks a value.
-std::uint64_t part_cost_bits(const CodeTable& table, const PartCounts& counts);
+// Each part gets a table that has a code or an escape for all its values.
+TableChoice choose_tables(const std::vector<const PartCounts*>& parts, const TableRules& rules);
 
 }  // namespace slc1
