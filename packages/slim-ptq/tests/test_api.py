@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import slim_ptq
 from slim_core.checkpoint import open_checkpoint
@@ -203,9 +206,18 @@ class TestPrepare:
         )
         assert job.plan.format == "safe_tensor"
 
-    def test_windows_are_no_longer_than_the_model_can_place(self, saved_model: Factory) -> None:
-        tokens = CalibrationData((torch.zeros(1, 4, dtype=torch.long),), "x")
-        assert prepare(saved_model("llama"), scheme="w8a16", calibration=tokens).data is tokens
+    @pytest.mark.parametrize("family", ["gpt2", "llama"])  # two names of the setting
+    def test_windows_are_no_longer_than_the_model_can_place(
+        self, saved_model: Factory, tmp_path: Path, family: str
+    ) -> None:
+        file = tmp_path / "c.jsonl"
+        file.write_text(json.dumps({"input_ids": [5] * 300}))
+        job = prepare(saved_model(family), scheme="w8a8", calibration=file)
+        assert job.data is not None
+        assert [tuple(batch.shape) for batch in job.data.batches] == [(2, 128)]
+        job = prepare(saved_model(family), scheme="w8a8", calibration=file, length=50)
+        assert job.data is not None
+        assert job.data.batches[0].shape[1] == 50
 
     def test_the_plan_lists_problems_without_data(self, saved_model: Factory) -> None:
         with pytest.raises(PlanError, match="need calibration data"):
@@ -318,6 +330,18 @@ class TestQuality:
         assert report.perplexity_text == "text.txt"
         assert report.perplexity_before is not None
         assert report.perplexity_after == pytest.approx(report.perplexity_before, rel=0.01)
+
+    def test_windows_that_the_model_cannot_place_are_cut(
+        self, saved_model: Factory, tmp_path: Path
+    ) -> None:
+        out = Path(shutil.copytree(saved_model("gpt2"), tmp_path / "model"))
+        letters = {letter: n for n, letter in enumerate(["<unk>", *map(chr, range(32, 127))])}
+        backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(out)
+        (tmp_path / "text.txt").write_text("a b c " * 100)
+        found = evaluate_text(out, tmp_path / "text.txt", window=512)
+        assert found == evaluate_text(out, tmp_path / "text.txt", window=128)
 
     def test_a_missing_text_is_said_first(self, saved_model: Factory, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="none"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slim_core.checkpoint import Checkpoint, open_checkpoint
-from slim_core.errors import CalibrationError, PlanError, RecipeError, StructureError
+from slim_core.errors import PlanError, RecipeError, StructureError
 from slim_core.files import PathLike, as_path
 from slim_core.formats import FORMATS
 from slim_core.logging import get_logger
@@ -17,6 +17,7 @@ from slim_core.recipe import Recipe
 from slim_core.validate import check_int
 from slim_ptq.calibration.text import CalibrationData, read_calibration, texts_to_calibration
 from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
+from slim_ptq.limits import check_tokens, within_positions
 
 _log = get_logger("ptq")
 
@@ -75,11 +76,11 @@ def prepare(
         calibration,
         directory,
         samples=check_int("samples", samples, low=1),
-        length=_within_positions(check_int("length", length, low=1), checkpoint.config),
+        length=within_positions(check_int("length", length, low=1), checkpoint.config),
         batch=check_int("batch", batch, low=1),
     )
     if data is not None:
-        _check_tokens(data, checkpoint.config)
+        check_tokens(data, checkpoint.config)
     plan = build_plan(
         inventory.linears,
         resolved,
@@ -118,31 +119,3 @@ def _calibration(
     if isinstance(source, (str, Path)):
         return read_calibration(source, directory, samples=samples, length=length, batch=batch)
     return texts_to_calibration(source, directory, samples=samples, length=length, batch=batch)
-
-
-def _within_positions(length: int, config: Mapping[str, Any]) -> int:
-    """Return the window length, cut to the number of positions that the model knows."""
-    positions = _setting(config, "max_position_embeddings", "n_positions")
-    if positions is None or length <= positions:
-        return length
-    _log.info("calibration windows have %d tokens, more the model cannot place", positions)
-    return positions
-
-
-def _check_tokens(data: CalibrationData, config: Mapping[str, Any]) -> None:
-    known = _setting(config, "vocab_size", "padded_vocab_size")
-    highest = max(int(batch.max()) for batch in data.batches)
-    if known is not None and highest >= known:
-        raise CalibrationError(
-            f"{data.source} has token {highest}, and the model knows {known} tokens",
-            hint="is the tokenizer that of the model?",
-        )
-
-
-def _setting(config: Mapping[str, Any], *keys: str) -> int | None:
-    """Return the first of these numbers in a configuration, or in that of its text model."""
-    for holder in (config, config.get("text_config") or {}):
-        for key in keys:
-            if isinstance(holder.get(key), int):
-                return int(holder[key])
-    return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from slim_core.checkpoint import open_checkpoint
 from slim_core.files import PathLike, as_path
+from slim_core.validate import check_int
 from slim_ptq.calibration.text import load_tokenizer
 from slim_ptq.evaluate import Perplexity, encode_text, perplexity, read_text
+from slim_ptq.limits import within_positions
 from slim_ptq.load import load_model
 
 
@@ -26,8 +28,15 @@ def evaluate_text(
         The model, its tokenizer or the text cannot be used.
     """
     directory = as_path("model", model)
-    open_checkpoint(directory)  # what is wrong with the files is said before torch loads them
+    check_int("window", window, low=2)
+    # What is wrong with the files is said before torch loads them.
+    config = open_checkpoint(directory).config
     content = read_text(text)
     tokens = encode_text(load_tokenizer(directory), content)
     loaded = load_model(directory, device=device, trust_remote_code=trust_remote_code)
-    return perplexity(loaded, tokens, window=window, batch_size=batch_size)
+    return perplexity(
+        loaded,
+        tokens,
+        window=within_positions(window, config),
+        batch_size=batch_size,
+    )
