@@ -156,8 +156,37 @@ def test_gradients_match_autograd():
     decomposer = Decomposer(net).calibrate([x], loss=lambda out, _: out.square().sum())
     hidden = net.net[:3](x)
     expected = torch.autograd.grad(net.net[3:](hidden).square().sum(), hidden)[0].double()
-    gamma = decomposer.statistics["net.2"].gamma
+    entry = decomposer.statistics["net.2"]
+    assert entry.gradient == pytest.approx(float(entry.gamma.trace()) / 96, rel=1e-6)
+    gamma = entry.gamma
     assert gamma == pytest.approx((expected.T @ expected).numpy(), rel=1e-4, abs=1e-4)
+
+
+def test_gradients_can_serve_the_budget_alone():
+    net = Classifier().eval()
+    x = skewed(2000, 64)
+    both = Decomposer(net, divisor=1).calibrate([x], loss=cross_entropy, method="output")
+    assert both.method == "output"
+    bare = Decomposer(net, divisor=1).calibrate([x])
+    first, last = both.ratio(0.5).apply()[0], bare.ratio(0.5).apply()[0]
+    torch.testing.assert_close(first(x), last(x))
+    by_gradient, by_energy = both.budget(0.5), both.budget(Budget(0.5, sensitivity="energy"))
+    assert by_gradient.table != by_energy.table
+    assert by_energy.table == bare.budget(0.5).table
+    with pytest.raises(InvalidValueError, match="needs a loss"):
+        Decomposer(net).calibrate([x], method="loss")
+
+
+def test_wide_outputs_keep_a_scalar_gradient(monkeypatch):
+    from slim_lowrank import watch
+
+    monkeypatch.setattr(watch, "GRADIENT_LIMIT", 50)
+    net = Classifier().eval()
+    decomposer = Decomposer(net, divisor=1).calibrate([skewed(500, 64)], loss=cross_entropy)
+    assert decomposer.statistics["net.0"].gamma is None
+    assert decomposer.statistics["net.0"].gradient > 0
+    assert decomposer.statistics["net.4"].gamma is not None
+    assert decomposer.budget(0.5).apply()[1].method == "loss"
 
 
 def test_budget_is_met_from_below_and_beats_uniform():
@@ -371,7 +400,7 @@ def test_bad_arguments():
             Decomposer(net, **options)
     with pytest.raises(PlanError, match="below the least possible cost"):
         Decomposer(net, divisor=64).budget(0.01)
-    with pytest.raises(PlanError, match="needs gradients"):
+    with pytest.raises(PlanError, match="does not go with"):
         Decomposer(net).budget(Budget(params=0.5, sensitivity="gradient"))
     with pytest.raises(PlanError, match="image size"):
         Decomposer(SampleNet()).budget(Budget(flops=0.5))

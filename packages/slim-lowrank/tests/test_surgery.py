@@ -143,6 +143,9 @@ def test_reasons():
     assert "grouped" in reason_of(nn.Conv2d(8, 8, 3, groups=2))
     assert "max_norm" in reason_of(nn.Embedding(8, 8, max_norm=1.0))
     assert reason_of(Plain(8, 8)) is None
+    wrapped = nn.Linear(8, 8)
+    wrapped.forward = lambda x: x
+    assert "on the instance" in reason_of(wrapped)
     integers = nn.Linear(8, 8)
     integers.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     assert "floating" in reason_of(integers)
@@ -175,9 +178,12 @@ def test_flags_are_kept():
     small = Decompose(net).from_ratio(0.5, divisor=1).decompose_network()
     assert not small[0].training
     assert small[1].training
-    flags = [parameter.requires_grad for parameter in small[0].parameters()]
-    assert flags == [False, False, True]
-    assert all(parameter.requires_grad for parameter in small[1].parameters())
+    plan = Decomposer(net, divisor=1).calibrate([torch.randn(100, 64)]).ratio(0.5)
+    for each in (small, plan.apply()[0], plan.apply(sequential=True)[0]):
+        flags = [parameter.requires_grad for parameter in each[0].parameters()]
+        assert flags == [False, False, True]
+        assert all(parameter.requires_grad for parameter in each[1].parameters())
+        assert [part.training for part in (each[0], each[0][1], each[1][0])] == [False, False, True]
 
 
 GEOMETRIES = {

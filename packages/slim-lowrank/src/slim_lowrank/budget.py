@@ -24,8 +24,8 @@ class Budget:
     sensitivity : str
         What makes losses of different layers comparable: ``energy`` is the share of each layer's
         output that is lost; ``gradient`` the output error times the mean squared gradient;
-        ``loss`` the predicted rise of the loss.  ``auto`` takes ``loss`` where the method is
-        ``loss``, else ``energy``.
+        ``loss`` the predicted rise of the loss.  ``auto`` takes ``loss`` where the factors keep the
+        loss, else ``gradient`` where gradients were seen, else ``energy``.
     floor : float
         Least share of its weights that every layer keeps, within [0, 1].
 

@@ -70,15 +70,34 @@ def build(layer: Layer, ranks: LayerRanks) -> nn.Module:
         )
     else:
         module = FactoredConv(*_conv_chain(source, ranks, place))
-    module.requires_grad_(weight.requires_grad)
-    bias = getattr(source, "bias", None)
-    if ranks.bias and bias is not None:
-        _last_bias(module).requires_grad_(bias.requires_grad)
-    return module.train(source.training)
+    return Flags.of(source).put_on(module)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Whether a layer trains: its mode, and which of its parameters take gradients."""
+
+    training: bool
+    weight: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, source: nn.Module) -> Flags:
+        """Return the flags of a dense layer."""
+        weight, bias = cast(Tensor, source.weight), getattr(source, "bias", None)
+        wanted = weight.requires_grad if bias is None else bias.requires_grad
+        return cls(source.training, weight.requires_grad, wanted)
+
+    def put_on(self, module: nn.Module) -> nn.Module:
+        """Set them on what stands in for the layer."""
+        module.requires_grad_(self.weight)
+        if not isinstance(module, FactoredEmbedding) and _last_bias(module) is not None:
+            _last_bias(module).requires_grad_(self.bias)
+        return module.train(self.training)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, kind: str, factors: Factors) -> None:
+def fill(module: nn.Module, factors: Factors) -> None:
     """Copy weights into a module made by :func:`build`, rounding to its dtype."""
     if isinstance(module, PivotLinear):
         parts: list[Any] = [module.pivot, module.rest]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import nn
 
-from slim_core.errors import InvalidTypeError, PlanError
+from slim_core.errors import InvalidTypeError, InvalidValueError, PlanError
 from slim_core.files import PathLike
 from slim_core.logging import get_logger
 from slim_core.matching import match, match_all
@@ -108,6 +108,7 @@ class Decomposer:
         batches: Iterable[Any],
         *,
         loss: Loss | None = None,
+        method: Literal["auto", "output", "loss"] = "auto",
         max_batches: int | None = None,
     ) -> Self:
         """Run the model over data, so that outputs (with ``loss``: the loss) are kept, not weights.
@@ -119,6 +120,9 @@ class Decomposer:
         loss : callable, optional
             ``loss(output, batch)`` gives the scalar loss of a batch, for example
             :func:`slim_lowrank.output_loss`.
+        method : str
+            What the factors keep: ``output``, or ``loss``, which needs one; ``auto`` takes ``loss``
+            where there is one.  With ``output``, a loss still serves to spread a budget.
         max_batches : int, optional
             Stop after so many.
 
@@ -127,16 +131,21 @@ class Decomposer:
         CalibrationError, InvalidTypeError, NumericalError
             As :func:`slim_lowrank.calibrate.collect`.
         """
+        if check_choice("method", method, ("auto", "output", "loss")) == "loss" and loss is None:
+            raise InvalidValueError("method 'loss' needs a loss", hint="calibrate(..., loss=...)")
         if max_batches is not None:
             check_int("max_batches", max_batches, low=1)
         self.batches = read_batches(batches, max_batches)
         names = [group[0].name for group in self.groups()]
         self.statistics = collect(self.model, names, self.batches, loss=loss)
-        seen = any(entry.gamma is not None for entry in self.statistics.values())
-        self.method = "loss" if seen else "output"
+        seen = any(entry.gradient > 0 for entry in self.statistics.values())
+        self.method = "loss" if seen and method != "output" else "output"
         if loss is not None and not seen:
             self.notes += ("no gradients reached the layers: the loss method became 'output'",)
             logger.warning(self.notes[-1])
+        if self.method == "output":
+            for entry in self.statistics.values():
+                entry.gamma = None
         self._warn_few()
         return self
 
@@ -299,22 +308,20 @@ class Decomposer:
         }
 
     def _sensitivity(self, budget: Budget) -> str:
-        if budget.sensitivity == "auto":
-            return "loss" if self.method == "loss" else "energy"
-        if budget.sensitivity != "energy" and self.method != "loss":
+        gradients = any(entry.gradient > 0 for entry in self.statistics.values())
+        natural = "loss" if self.method == "loss" else "gradient" if gradients else "energy"
+        if budget.sensitivity not in ("auto", "energy", natural):
             raise PlanError(
-                [f"sensitivity {budget.sensitivity!r} needs gradients"],
-                hint="calibrate(batches, loss=...)",
+                [f"sensitivity {budget.sensitivity!r} does not go with what was calibrated"],
+                hint="calibrate(batches, loss=..., method='output') for 'gradient', else 'loss'",
             )
-        return budget.sensitivity
+        return natural if budget.sensitivity == "auto" else budget.sensitivity
 
     def _scale(self, sensitivity: str, candidates: Candidates) -> float:
         if sensitivity == "energy":
             return 1.0 / candidates.total if candidates.total > 0 else 0.0
-        gamma = None if candidates.statistics is None else candidates.statistics.gamma
-        if sensitivity == "gradient" and gamma is not None:
-            return float(np.trace(gamma)) / len(gamma)
-        return 1.0
+        entry = candidates.statistics
+        return 1.0 if entry is None or entry.gamma is not None else entry.gradient
 
     def _cost(
         self, unit: str, layer: Layer, candidates: Candidates

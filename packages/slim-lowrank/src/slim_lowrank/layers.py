@@ -168,6 +168,8 @@ def _skip_reason(module: nn.Module, kind: Kind, parent: nn.Module | None) -> str
         return "its weight is parametrized (weight norm, adapter, ...)"
     if type(module).forward is not _base_class(module).forward:
         return f"{type(module).__name__} has a forward of its own"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (offloading, wrappers)"
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight directly"
     if module._forward_hooks or module._forward_pre_hooks:

@@ -19,6 +19,7 @@ from slim_core.errors import CalibrationError
 from slim_core.logging import get_logger
 from slim_core.progress import track
 from slim_lowrank.blocks import Call, Chain, calls_of, find_chain
+from slim_lowrank.build import Flags
 from slim_lowrank.calibrate import evaluating, token_mask
 from slim_lowrank.layers import Layer, find_layers
 from slim_lowrank.paired import Pair
@@ -68,6 +69,7 @@ def decompose_in_order(
     model = apply_table(model, {name: table[name] for name in table if name in alone}, solve)
     names = [name for name in table if name not in alone]
     masks = [token_mask(batch) for batch in batches]
+    flags = {name: Flags.of(layers[name].module) for name in names}
 
     def fit(
         pair: tuple[nn.Module, nn.Module], calls: Sequence[Sequence[Call]], group: list[str]
@@ -98,6 +100,8 @@ def decompose_in_order(
             _fit_chain(chain, dense, lambda: model, whole, inside, fit)
         for group in [g for g in groups[first:] if g not in inside]:
             fit((dense, model), (whole, whole), group)
+    for name in names:  # built in eval mode
+        flags[name].put_on(model.get_submodule(name))
     return model
 
 

@@ -31,6 +31,8 @@ class Statistics:
         ``(out,)`` and ``(out, out)`` of the outputs without bias, where inputs are not kept.
     gamma : array, optional
         ``(out, out)``, second moment of the gradients of the loss, times the positions per batch.
+    gradient : float
+        Mean diagonal entry of the same, known for every layer that gradients reached.
     target : array, optional
         ``(out, f)``: cross moment of the wanted outputs and the inputs seen, for the sequential
         update, where the inputs come from the decomposed model and the outputs from the dense one.
@@ -51,6 +53,7 @@ class Statistics:
     output_mean: Array | None = None
     output_second: Array | None = None
     gamma: Array | None = None
+    gradient: float = 0.0
     target: Array | None = None
     target_mean: Array | None = None
     target_energy: float = 0.0

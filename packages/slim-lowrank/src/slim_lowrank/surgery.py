@@ -58,7 +58,7 @@ def apply_table(
         else:
             new = build(layer, ranks)
             if solve is not None:
-                fill(new, layer.kind, solve(layer, ranks))
+                fill(new, solve(layer, ranks))
         done[name] = new
         model = replace(model, layer.names, new)
     return model

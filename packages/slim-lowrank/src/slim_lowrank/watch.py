@@ -20,7 +20,7 @@ INPUT_LIMIT = 16384
 PATCH_LIMIT = 4608
 """Same for the patches of convolutions, which are copied out: 512 channels of 3x3."""
 GRADIENT_LIMIT = 8192
-"""Widest output whose gradient moment is kept."""
+"""Widest output whose gradient moment is kept; beyond it only the mean square is."""
 _CHUNK = 1 << 24
 
 
@@ -70,6 +70,8 @@ class Watch:
         self.width = feature_width(layer)
         self.outputs = int(layer.shape[1] if layer.kind == "embedding" else layer.shape[0])
         self.reads_features = layer.kind in ("linear", "hf_conv1d") and self.width is not None
+        self.gradients = gradients
+        self.gradient_energy = 0.0
         self.gamma = Moments(self.outputs) if gradients and self.outputs <= GRADIENT_LIMIT else None
         self.moments: Moments | None = None
         self.leader: Watch = self
@@ -127,6 +129,7 @@ class Watch:
             result.output_mean, result.output_second = moments.mean(), moments.second()
         else:
             result.input_mean, result.input_second = moments.mean(), moments.second()
+        result.gradient = self.gradient_energy / self.outputs / max(self.batches, 1)
         if self.gamma is not None and self.gamma.rows:
             result.gamma = self.gamma.second() * (self.gamma.rows / self.batches)
         return result
@@ -145,7 +148,7 @@ class Watch:
             return None
         if self.width is None and self.moments is not None:
             self.moments.add(output_rows(self.layer, y, self._mask))
-        if self.gamma is None or not torch.is_grad_enabled():
+        if not self.gradients or not torch.is_grad_enabled():
             return None
         # A fresh node of the graph: the parameters take no gradients, and what follows may
         # work in place.
@@ -157,8 +160,10 @@ class Watch:
         return fresh
 
     def _on_gradient(self, gradient: Tensor, mask: Tensor | None) -> None:
+        rows = flat_rows(self.layer, gradient, mask)
+        self.gradient_energy += float(rows.double().square().sum())
         if self.gamma is not None:
-            self.gamma.add(flat_rows(self.layer, gradient, mask))
+            self.gamma.add(rows)
 
 
 def feature_width(layer: Layer) -> int | None:
