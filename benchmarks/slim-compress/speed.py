@@ -17,7 +17,7 @@ from support.peers import peers
 from slim_compress import _native, compress, decompress_tile, inspect
 
 SHAPE = (4096, 4096)  # 16 MiB
-REPEATS = 25
+REPEATS = 20
 THREADS = (1, 2, 4, 8, 16)
 
 

@@ -71,6 +71,21 @@ std::vector<std::uint64_t> density(const Parts& parts, const Prices& price) {
   return bits;
 }
 
+// Each part to its cheapest table.
+void assign(const Parts& parts, TableChoice& choice) {
+  const std::vector<Prices> prices(choice.tables.begin(), choice.tables.end());
+  choice.table_of.resize(parts.size());
+  for (std::size_t p = 0; p < parts.size(); ++p) {
+    std::uint64_t best = ~std::uint64_t{0};
+    for (std::size_t g = 0; g < prices.size(); ++g) {
+      const std::uint64_t cost = prices[g](*parts[p]);
+      if (cost >= best) continue;
+      best = cost;
+      choice.table_of[p] = static_cast<std::uint8_t>(g);
+    }
+  }
+}
+
 // Starts from parts sorted by how much they cost under the common table, then improves as Lloyd's
 // algorithm does: a table for each group, each part to its cheapest table.
 TableChoice cluster(const Parts& parts, const std::vector<std::uint64_t>& bits, std::size_t groups,
@@ -89,20 +104,23 @@ TableChoice cluster(const Parts& parts, const std::vector<std::uint64_t>& bits, 
     for (std::size_t g = 0; g < groups; ++g) {
       const auto& of = choice.table_of;
       if (std::find(of.begin(), of.end(), g) == of.end()) continue;
-      choice.tables.push_back(build_table(sum_counts(parts, of, g), rules.escapes, rules.always_escape));
+      choice.tables.push_back(
+          build_table(sum_counts(parts, of, g), rules.escapes, rules.always_escape));
     }
-    const std::vector<Prices> prices(choice.tables.begin(), choice.tables.end());
-    for (std::size_t p = 0; p < parts.size(); ++p) {
-      std::uint64_t best = ~std::uint64_t{0};
-      for (std::size_t g = 0; g < prices.size(); ++g) {
-        const std::uint64_t cost = prices[g](*parts[p]);
-        if (cost >= best) continue;
-        best = cost;
-        choice.table_of[p] = static_cast<std::uint8_t>(g);
-      }
-    }
+    assign(parts, choice);
   }
   return choice;
+}
+
+// A thousand parts show the groups as well as a hundred thousand. Tables that hold any value are
+// needed for that: those of a group may lack values of parts that were left out.
+constexpr std::size_t kEnoughParts = 1024;
+
+Parts thin_out(const Parts& parts, bool always_escape) {
+  const std::size_t step = always_escape ? parts.size() / kEnoughParts + 1 : 1;
+  Parts some;
+  for (std::size_t p = 0; p < parts.size(); p += step) some.push_back(parts[p]);
+  return some;
 }
 
 std::uint64_t total_bits(const Parts& parts, const TableChoice& choice) {
@@ -123,14 +141,16 @@ TableChoice choose_tables(const Parts& parts, const TableRules& rules) {
                                    rules.always_escape));
   const std::size_t groups = std::min(rules.most, parts.size());
   if (groups < 2) return one;
-  const auto bits = density(parts, Prices(one.tables[0]));
+  const Parts some = thin_out(parts, rules.always_escape);
+  const auto bits = density(some, Prices(one.tables[0]));
   const auto [low, high] = std::minmax_element(bits.begin(), bits.end());
   if (*high - *low <= *high / kSpreadShare) return one;
   const std::uint64_t cost = total_bits(parts, one);
   TableChoice best = std::move(one);
   std::uint64_t least = cost - cost / kGainShare;
   for (std::size_t g = 2; g <= groups; g += g) {
-    TableChoice many = cluster(parts, bits, g, rules);
+    TableChoice many = cluster(some, bits, std::min(g, some.size()), rules);
+    assign(parts, many);
     const std::uint64_t bits_of_many = total_bits(parts, many);
     if (bits_of_many >= least) break;
     best = std::move(many);
