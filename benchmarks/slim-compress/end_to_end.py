@@ -65,10 +65,15 @@ def write_model(target: Path) -> int:
 def child(code: str) -> dict[str, float]:
     """Run code in a process of its own; return its seconds and peak memory over the imports."""
     head = """
-        import json, resource, time
+        import json, time
+        from pathlib import Path
         from slim_compress.checkpoint import *
         from slim_compress import CompressConfig
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+        def peak():
+            rows = Path("/proc/self/status").read_text().splitlines()
+            return next(int(row.split()[1]) for row in rows if row.startswith("VmHWM")) / 1024
+
         before, start = peak(), time.perf_counter()
     """
     tail = (
