@@ -142,7 +142,7 @@ def quantize(
                 layers = run_weights_only(job.checkpoint, job.inventory, plan, export, place)
             _describe_tied_head(job, export)
         clock.stage("quantize")
-        copy_side_files(job.checkpoint, staging)
+        copy_side_files(job.checkpoint, staging, _config_changes(plan))
         _verify(staging, plan)
         clock.stage("verify")
         after = _perplexity(staging, text, device, trust_remote_code)
@@ -164,6 +164,11 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
+
+
+def _config_changes(plan: Plan) -> dict[str, str]:
+    """Return what MindIE wants to find in the configuration beside the ``safe_tensor`` layout."""
+    return {"quantize": plan.model_type.lower()} if plan.format == "safe_tensor" else {}
 
 
 def _describe_tied_head(job: Prepared, export: CheckpointExport) -> None:
