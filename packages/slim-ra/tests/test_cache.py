@@ -563,3 +563,27 @@ def test_wired_passkey(wired):
     assert right[1] <= 0.165
     for wrong in ({1: [0]}, {1: [3]}, {}):
         assert accuracy(wrong)[0] <= 0.05
+
+
+def test_beam_scores_are_those_of_their_sequences(copy_llama):
+    """Beams swap rows of a folded cache; scoring the winner alone must give the same."""
+    segment = torch.randint(1, 512, (1, 150), generator=torch.Generator().manual_seed(0))
+    prompt = torch.cat([segment, segment[:, :16]], 1)
+    policy = RazorPolicy.from_profile(RetrievalHeads({1: [0, 1]}), copy_llama.config, window=24)
+    with razor(copy_llama, policy) as new_cache:
+        found = copy_llama.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=new_cache(),
+            max_new_tokens=24,
+            num_beams=3,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        said = found.sequences[:, 166:]
+        logits = steps(copy_llama, found.sequences[:, :-1], new_cache(), 166)[:, 165:]
+    own = logits.log_softmax(-1).gather(2, said[..., None]).mean()
+    assert float(own) == pytest.approx(float(found.sequences_scores[0]), abs=1e-4)

@@ -56,7 +56,7 @@ def memory_table(
         "full cache",
         "razor",
         "share",
-        title=f"predicted memory of the cache, {itemsize} bytes a number",
+        title=f"predicted memory, {itemsize} bytes a number",
     )
     for column in table.columns:
         column.justify = "right"
