@@ -83,5 +83,5 @@ def test_replacing_in_any_container():
     assert "1.0.weight_scale" in names
     assert not find_linears(network)
     assert network[0].scheme_name == "w8a16"
-    with pytest.raises(ValueError, match="the network has no cell '2.x'"):
+    with pytest.raises(ValueError, match=r"the network has no cell '2\.x'"):
         replace_cell(network, "2.x", nn.ReLU())

@@ -37,6 +37,7 @@ from slim_mindspore.evaluate import perplexity, relative_error
 from slim_mindspore.hub import read_config
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.load import read_quantized
+from slim_mindspore.methods.rounding import find_params
 from slim_mindspore.names import to_hugging_face
 from slim_mindspore.tensors import load_tensors, parameters_of
 
@@ -412,3 +413,19 @@ def test_sparse_checkpoints_run_too(golden):
     content = read_quantized(golden / "quant.ckpt")
     assert len(content.layers) == 13
     assert content.layers["model.layers.1.attention.wo"].method == "sparse"
+
+
+@pytest.mark.oracle
+def test_the_installed_golden_stick_rounds_alike(shared_model):
+    """Against mindspore-gs itself, where an environment has it."""
+    pytest.importorskip(
+        "mindspore_gs",
+        reason="mindspore-gs is not installed; it pins a MindSpore of its own",
+    )
+    from mindspore_gs.quantization.quant_utils import cal_quantization_params
+
+    weight = parameters_of(shared_model)["model.layers.0.attention.wq.weight"]
+    peak = np.abs(weight).max(axis=1)
+    scale, _ = cal_quantization_params(-peak, peak, -128, 127, symmetric=True)
+    ours, _ = find_params(weight, TensorScheme(INT8, Granularity.PER_CHANNEL), "golden_stick")
+    np.testing.assert_allclose(ours[:, 0], scale, rtol=1e-6)

@@ -47,6 +47,7 @@ from slim_mindspore.quantized_layer import SmoothedLinear
 
 Tensors = dict[str, np.ndarray]
 LAYOUTS = ("gs-rtn", "gs-sq", "gs-ptq")
+COMPUTE_DTYPES = ("float32", "float16")
 PACKED = "_layer.weight"
 _STATIC = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
 

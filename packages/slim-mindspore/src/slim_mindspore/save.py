@@ -17,14 +17,20 @@ from slim_core.files import PathLike, as_path, staged_dir, write_json
 from slim_core.formats import DESCRIPTION_FILE, FORMATS
 from slim_core.validate import check_choice
 from slim_mindspore.cache_format import CACHE_TYPE, encode_cache
-from slim_mindspore.layouts import LAYOUTS, PACKED, check_ascend, encode_layer, unsupported
+from slim_mindspore.layouts import (
+    COMPUTE_DTYPES,
+    LAYOUTS,
+    PACKED,
+    check_ascend,
+    encode_layer,
+    unsupported,
+)
 from slim_mindspore.names import to_hugging_face
 from slim_mindspore.quantize import QuantizedNetwork
 from slim_mindspore.quantized_layer import type_name
 from slim_mindspore.tensors import WEIGHT_SUFFIXES, parameters_of, write_tensors
 
 LAYOUT_OF = {"rtn": "gs-rtn", "smooth_quant": "gs-sq", "ptq": "gs-ptq"}
-COMPUTE_DTYPES = ("float32", "float16")
 
 
 def default_layout(quantized: QuantizedNetwork) -> str:

@@ -15,7 +15,7 @@ from slim_core.files import check_output_dir
 from slim_mindspore.approaches import APPROACHES, from_approach
 from slim_mindspore.datasets import DATASETS, DEFAULT_SAMPLES, read_texts, token_batches
 from slim_mindspore.hub import read_config
-from slim_mindspore.layouts import LAYOUTS, check_ascend
+from slim_mindspore.layouts import COMPUTE_DTYPES, LAYOUTS, check_ascend
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.quantization_config import GROUP_SIZES, QuantizationConfig
 from slim_mindspore.run_config import read_run_config
@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, help="share of the activation in smoothing (default 0.5)")
     add("--weight-range", choices=("golden_stick", "symmetric"), help="convention of int8 scales")
     add("--layout", choices=LAYOUTS, help="names in a .ckpt or .safetensors file")
+    add("--compute-dtype", choices=COMPUTE_DTYPES, help="of floats in such a file")
     add("--samples", type=int, default=DEFAULT_SAMPLES, help="calibration samples at most")
     add("--seq-length", type=int, help="tokens of a calibration sample at most")
     add("--eval", metavar="TEXT", help="text file: report the perplexity before and after")
@@ -135,7 +136,7 @@ def _from_config(options: argparse.Namespace) -> Job:
         output=output,
         tokenizer=run_config.tokenizer,
         seq_length=options.seq_length or run_config.seq_length,
-        compute_dtype=run_config.compute_dtype,
+        compute_dtype=options.compute_dtype or run_config.compute_dtype,
         layout=options.layout,
     )
 
@@ -146,8 +147,10 @@ def _from_model(options: argparse.Namespace) -> Job:
     output = Path(options.output)
     overrides = _overrides(options)
     if output.suffix not in WEIGHT_SUFFIXES:
-        if options.layout:
-            raise InvalidValueError("--layout is for an OUTPUT that ends in .ckpt or .safetensors")
+        if options.layout or options.compute_dtype:
+            raise InvalidValueError(
+                "--layout and --compute-dtype are for an OUTPUT that ends in .ckpt or .safetensors"
+            )
         overrides.setdefault("weight_range", "symmetric")
     llama = read_config(options.model)
     return Job(
@@ -157,6 +160,7 @@ def _from_model(options: argparse.Namespace) -> Job:
         output=output,
         tokenizer=model_dir(options.model),
         seq_length=options.seq_length or llama.max_positions,
+        compute_dtype=options.compute_dtype or "float32",
         layout=options.layout,
     )
 
