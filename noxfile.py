@@ -27,7 +27,7 @@ SOURCES = [str(path.relative_to(ROOT) / "src") for path in PACKAGES.values()]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Extras that the tests of a package need beside its hard requirements.
-EXTRAS = {"slim-core": "recipes", "slim-lowrank": "torch,hf", "slim-mindspore": "mindspore"}
+EXTRAS = {"slim-core": "recipes", "slim-lowrank": "torch,hf,plot", "slim-mindspore": "mindspore"}
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def tests_transformers4(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
-    session.install("ruff==0.17.5")
+    session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -102,7 +102,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def imports(session: nox.Session) -> None:
     """Hold the packages to the layers of .importlinter."""
-    session.install("import-linter")
+    session.install("-c", "constraints.txt", "import-linter")
     paths = os.pathsep.join(str(ROOT / source) for source in SOURCES)
     session.run("lint-imports", env={"PYTHONPATH": paths})
 
@@ -111,7 +111,8 @@ def imports(session: nox.Session) -> None:
 def typing(session: nox.Session) -> None:
     """Check the types of all sources strictly."""
     local = [a for name in local_closure(*PACKAGES) for a in editable(name, None)]
-    session.install("-c", "constraints.txt", *local, "mypy", "torch", "pydantic", "scipy")
+    typed = ("torch", "transformers", "accelerate", "pydantic", "scipy", "matplotlib")
+    session.install("-c", "constraints.txt", *local, "mypy", *typed)
     session.run("mypy", *SOURCES)
 
 
@@ -146,6 +147,13 @@ def demo(session: nox.Session) -> None:
         env=OFFLINE,
     )
     session.run("slim-ptq", "verify", out, env=OFFLINE)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the decoder of slim-compress with libFuzzer under ASan and UBSan; needs clang."""
+    install(session, "slim-compress", group="test")
+    session.run("python", "packages/slim-compress/fuzz/run.py", *session.posargs)
 
 
 def run_benchmarks(session: nox.Session, package: str) -> None:
