@@ -126,6 +126,24 @@ def test_unlike_tiles_get_tables_of_their_own(sparse):
     assert four[0].size < 0.99 * one[0].size
 
 
+def test_rows_that_are_not_counted_may_hold_anything(sparse):
+    """Of 256 tiles and more every fourth row is counted for the code tables."""
+    shape = (2048, 4096)
+    rng = np.random.default_rng(0)
+    spread = rng.integers(-128, 128, shape).astype(np.int8)
+    for counted in (np.zeros(shape, np.int8), sparse(*shape)):
+        matrix = counted.copy()
+        matrix[1::4, ::7] = spread[1::4, ::7]
+        stream = compress(matrix, jobs=2)
+        assert np.array_equal(decompress(*stream, jobs=2), matrix)
+        assert inspect(*stream).stored_bytes <= matrix.size * 1.002
+    lonely = np.zeros(shape, np.int8)
+    lonely[3, 5] = 77
+    facts = inspect(*compress(lonely))
+    assert facts.modes["fill"] == 255
+    assert facts.stored_bytes < 16384
+
+
 @hypothesis.given(
     arrays(np.int8, st.tuples(st.integers(1, 40), st.integers(1, 70))), st.booleans(), st.booleans()
 )
