@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -231,7 +232,7 @@ def main():
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "kvpress": getattr(kvpress, "__version__", "0.5.5"),
+            "kvpress": version("kvpress"),
         },
         "device": "cpu, fp32",
         "rows": lines,

@@ -424,6 +424,9 @@ def test_refusals(tmp_path):
     for wrong in ("full", 3):
         with pytest.raises(ValueError, match="mode"):
             RazorCache(model.config, policy, mode=wrong)
+    growing = RazorPolicy.from_profile(RetrievalHeads({}), model.config, grow=True)
+    with pytest.raises(ValueError, match="grows"):
+        RazorCache(model.config, growing, mode="prefill")
     with pytest.raises(TypeError, match="policy"):
         RazorCache(model.config, "win.pt")
     with pytest.raises(TypeError, match="config"):

@@ -135,6 +135,7 @@ def test_legacy_theta_and_alpha():
     model = Mock()
     assert legacy_windows(model, RACompressConfig(theta=1e-3)).windows[0] == int(93.0922 / 0.25)
     assert legacy_windows(model, RACompressConfig(alpha=0)).windows[0] == -46
+    assert legacy_windows(model, RACompressConfig(alpha=0), clamp=True).windows[0] == 1
 
 
 def test_legacy_published_lists():

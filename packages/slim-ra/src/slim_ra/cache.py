@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from slim_core.errors import InvalidTypeError, StructureError
+from slim_core.errors import InvalidTypeError, InvalidValueError, StructureError
 from slim_core.files import PathLike
 from slim_core.validate import check_choice, check_type
 from slim_ra.geometry import text_config
@@ -52,6 +52,8 @@ class RazorCache(Cache):
         self.config = text_config(config)
         self.policy = check_type("policy", policy, RazorPolicy)
         self.mode = check_choice("mode", mode, MODES)
+        if policy.grow and mode == "prefill":
+            raise InvalidValueError("mode must be 'incremental' for a policy whose window grows")
         layers: list[Any] = list(DynamicCache(config=config).layers)
         frozen = mode == "prefill"
         for index, layer in enumerate(layers):

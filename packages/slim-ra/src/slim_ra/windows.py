@@ -27,17 +27,27 @@ _log = get_logger("ra")
 
 
 @torch.inference_mode()
-def legacy_windows(model: nn.Module, config: RACompressConfig | None = None) -> AlibiWindows:
+def legacy_windows(
+    model: nn.Module, config: RACompressConfig | None = None, *, clamp: bool = False
+) -> AlibiWindows:
     """Windows by the formula of the deployed tables, ``win.pt`` compatible.
 
     ``int((alpha + ln(theta) + sqrt(max(0, m))) / slope)`` with ``m`` the largest entry of any
     ``Wq_h Wk_h^T`` over layers, where, as in the deployed tool, head ``h`` is a slice of *input
     columns* of the weights and the slopes are the standard ones.
 
+    Parameters
+    ----------
+    model : nn.Module
+    config : RACompressConfig, optional
+    clamp : bool
+        Raise windows below 1 to 1, which a cache can hold.
+
     Returns
     -------
     AlibiWindows
-        ``[heads]``; negative where ``alpha + ln(theta) < 0``, as in the deployed tool.
+        ``[heads]``; negative where ``alpha + ln(theta) < 0``, as in the deployed tool, unless
+        clamped.
 
     Raises
     ------
@@ -60,6 +70,8 @@ def legacy_windows(model: nn.Module, config: RACompressConfig | None = None) -> 
         int((base + math.sqrt(top)) / slope)
         for top, slope in zip(largest.tolist(), standard_slopes(heads).tolist(), strict=True)
     ]
+    if clamp:
+        windows = [max(1, window) for window in windows]
     settings = {"mode": "legacy", "theta": config.theta, "alpha": config.alpha}
     return AlibiWindows(torch.tensor(windows), settings)
 
