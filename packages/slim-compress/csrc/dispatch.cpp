@@ -1,6 +1,7 @@
 // Choice of the kernels that this processor can run.
 #include <atomic>
 #include <cstdlib>
+#include <stdexcept>
 
 #include "kernels.hpp"
 
@@ -46,8 +47,13 @@ const Kernels* find(const std::string& name) {
 std::atomic<const Kernels*>& current() {
   static std::atomic<const Kernels*> chosen{[] {
     const char* wanted = std::getenv("SLIM_COMPRESS_ISA");
-    const Kernels* named = wanted != nullptr ? find(wanted) : nullptr;
-    return named != nullptr ? named : available_kernels().back();
+    if (wanted == nullptr) return available_kernels().back();
+    const Kernels* named = find(wanted);
+    if (named == nullptr) {
+      throw std::invalid_argument(
+          std::string("SLIM_COMPRESS_ISA names no instruction set of this machine: ") + wanted);
+    }
+    return named;
   }()};
   return chosen;
 }

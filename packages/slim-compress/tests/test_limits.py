@@ -42,6 +42,20 @@ def test_compressing_fits_twice_the_weight_and_the_output():
     assert float(run(code)) < 0.45
 
 
+def test_the_instruction_set_can_be_chosen_from_outside():
+    code = """
+        import os
+        os.environ["SLIM_COMPRESS_ISA"] = {name!r}
+        from slim_compress import _native
+        try:
+            print(_native.instruction_set())
+        except ValueError as error:
+            print(error)
+    """
+    assert run(code.format(name="scalar")) == "scalar\n"
+    assert "no instruction set of this machine: mmx" in run(code.format(name="mmx"))
+
+
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="needs RLIMIT_AS")
 def test_running_out_of_memory_is_an_error_not_a_crash():
     code = """
