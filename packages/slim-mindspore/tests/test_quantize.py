@@ -37,7 +37,7 @@ from slim_mindspore.evaluate import perplexity, relative_error
 from slim_mindspore.hub import read_config
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.load import read_quantized
-from slim_mindspore.methods.rounding import find_params
+from slim_mindspore.methods.rounding import round_to_nearest
 from slim_mindspore.names import to_hugging_face
 from slim_mindspore.tensors import load_tensors, parameters_of
 
@@ -418,14 +418,17 @@ def test_sparse_checkpoints_run_too(golden):
 @pytest.mark.oracle
 def test_the_installed_golden_stick_rounds_alike(shared_model):
     """Against mindspore-gs itself, where an environment has it."""
-    pytest.importorskip(
-        "mindspore_gs",
+    golden_stick = pytest.importorskip(
+        "mindspore_gs.ptq.basic_quant_func",
         reason="mindspore-gs is not installed; it pins a MindSpore of its own",
     )
-    from mindspore_gs.quantization.quant_utils import cal_quantization_params
-
     weight = parameters_of(shared_model)["model.layers.0.attention.wq.weight"]
-    peak = np.abs(weight).max(axis=1)
-    scale, _ = cal_quantization_params(-peak, peak, -128, 127, symmetric=True)
-    ours, _ = find_params(weight, TensorScheme(INT8, Granularity.PER_CHANNEL), "golden_stick")
-    np.testing.assert_allclose(ours[:, 0], scale, rtol=1e-6)
+    scale, zero = golden_stick.cal_quantization_params(
+        weight.min(axis=1), weight.max(axis=1), -128, 127, symmetric=True
+    )
+    columns = (scale.reshape(-1, 1), zero.reshape(-1, 1))
+    theirs = golden_stick.quant_tensor_data(ms.Tensor(weight), *columns, -128, 127, data_axis=0)
+    scheme = TensorScheme(INT8, Granularity.PER_CHANNEL)
+    ours, our_scale, _ = round_to_nearest("wq", weight, scheme, "golden_stick")
+    np.testing.assert_allclose(our_scale[:, 0], scale.asnumpy().reshape(-1), rtol=1e-6)
+    np.testing.assert_array_equal(ours, theirs.asnumpy())

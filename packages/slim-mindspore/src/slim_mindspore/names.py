@@ -12,7 +12,12 @@ from collections.abc import Iterable
 
 from slim_core.errors import CheckpointError
 
-_CELLS = {
+_EMBEDDING_HF = "model.embed_tokens.weight"
+_EMBEDDING_MS = "model.tok_embeddings.embedding_weight"
+_TO_MINDFORMERS = {
+    _EMBEDDING_HF: _EMBEDDING_MS,
+    "model.norm": "model.norm_out",
+    "lm_head": "lm_head",
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
@@ -23,10 +28,9 @@ _CELLS = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-_BACK = {mine: theirs for theirs, mine in _CELLS.items()}
-_EMBEDDING_HF = "model.embed_tokens.weight"
-_EMBEDDING_MS = "model.tok_embeddings.embedding_weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_TO_HUGGING_FACE = {mine: theirs for theirs, mine in _TO_MINDFORMERS.items()}
+_OUTSIDE_LAYERS = ("lm_head", "model.norm", "model.norm_out", _EMBEDDING_HF, _EMBEDDING_MS)
+_LAYER = re.compile(r"(model\.layers\.\d+\.)?(.+)")
 
 
 def to_mindformers(name: str) -> str:
@@ -37,13 +41,7 @@ def to_mindformers(name: str) -> str:
     CheckpointError
         The name does not belong to a Llama.
     """
-    if name == _EMBEDDING_HF:
-        return _EMBEDDING_MS
-    if name == "model.norm" or name.startswith("model.norm."):
-        return name.replace("model.norm", "model.norm_out", 1)
-    if name == "lm_head" or name.startswith("lm_head."):
-        return name
-    return _rename(name, _CELLS, "Hugging Face")
+    return _rename(name, _TO_MINDFORMERS, "Hugging Face")
 
 
 def to_hugging_face(name: str) -> str:
@@ -54,13 +52,7 @@ def to_hugging_face(name: str) -> str:
     CheckpointError
         The name does not belong to a Llama.
     """
-    if name == _EMBEDDING_MS:
-        return _EMBEDDING_HF
-    if name == "model.norm_out" or name.startswith("model.norm_out."):
-        return name.replace("model.norm_out", "model.norm", 1)
-    if name == "lm_head" or name.startswith("lm_head."):
-        return name
-    return _rename(name, _BACK, "MindFormers")
+    return _rename(name, _TO_HUGGING_FACE, "MindFormers")
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:
@@ -73,9 +65,8 @@ def is_hugging_face(names: Iterable[str]) -> bool:
 
 def _rename(name: str, cells: dict[str, str], side: str) -> str:
     match = _LAYER.fullmatch(name)
-    if match:
-        layer, rest = match.groups()
-        for old, new in cells.items():
-            if rest == old or rest.startswith(f"{old}."):
-                return f"model.layers.{layer}.{new}{rest[len(old) :]}"
+    layer, rest = (match.group(1) or "", match.group(2)) if match else ("", "")
+    for old, new in cells.items():
+        if (old in _OUTSIDE_LAYERS) != bool(layer) and (rest == old or rest.startswith(f"{old}.")):
+            return f"{layer}{new}{rest[len(old) :]}"
     raise CheckpointError(f"{name} is not the name of a tensor of a Llama of {side}")
