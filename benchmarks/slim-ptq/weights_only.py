@@ -14,7 +14,12 @@ from _common import best_of, save, write_llama
 from optimum.quanto import QuantizedModelForCausalLM, qint8
 from transformers import AutoModelForCausalLM
 
+from slim_core.checkpoint import open_checkpoint
+from slim_core.scheme import QuantScheme
 from slim_ptq import quantize
+from slim_ptq.inventory import take_inventory
+from slim_ptq.methods import quantize_minmax, relative_error
+from slim_ptq.tensors import from_numpy
 
 COMMAND = "nox -s bench-slim-ptq"
 
@@ -24,6 +29,18 @@ def with_quanto(model: Path, output: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     quantized = QuantizedModelForCausalLM.quantize(loaded, weights=qint8, exclude="lm_head")
     quantized.save_pretrained(output)
+
+
+def kernel_only(model: Path) -> float:
+    """Return the seconds that the arithmetic alone takes, on weights in memory."""
+    checkpoint = open_checkpoint(model)
+    linears = take_inventory(checkpoint).linears
+    scheme = QuantScheme.parse("w8a16").weight
+    total = 0.0
+    for name in linears:
+        weight = from_numpy(checkpoint.load(f"{name}.weight"))
+        total += best_of(lambda w=weight: relative_error(w, quantize_minmax("", w, scheme)))
+    return total
 
 
 def main() -> None:
@@ -43,6 +60,7 @@ def main() -> None:
                 lambda: quantize(root / "model", fresh("slim"), scheme="w8a16")
             ),
             "optimum-quanto qint8": best_of(lambda: with_quanto(root / "model", fresh("quanto"))),
+            "slim-ptq arithmetic alone": kernel_only(root / "model"),
         }
     rates = {name: nbytes / value / 1e9 for name, value in seconds.items()}
     save(
@@ -53,6 +71,9 @@ def main() -> None:
             "model_gigabytes": nbytes / 1e9,
             "gigabytes_per_second": {name: round(rate, 3) for name, rate in rates.items()},
             "slim_over_copy": round(rates["slim-ptq w8a16"] / rates["file copy"], 3),
+            "slim_over_arithmetic": round(
+                rates["slim-ptq w8a16"] / rates["slim-ptq arithmetic alone"], 3
+            ),
             "slim_over_quanto": round(rates["slim-ptq w8a16"] / rates["optimum-quanto qint8"], 2),
         },
     )

@@ -70,8 +70,7 @@ def relative_error(weight: torch.Tensor, parts: Parts) -> float:
         part = values[rows].float()
         own = (scale, offset) if scale.ndim == 1 else (scale[rows], offset[rows])
         norm += float(torch.linalg.vector_norm(part)) ** 2
-        difference = dequantize_weight(codes[rows], *own).sub_(part)
-        error += float(torch.linalg.vector_norm(difference)) ** 2
+        error += float(torch.dist(dequantize_weight(codes[rows], *own), part)) ** 2
     return math.sqrt(error / norm) if norm else 0.0
 
 
