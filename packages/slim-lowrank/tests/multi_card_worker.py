@@ -7,17 +7,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lowrank_models import SampleNet
+from lowrank_models import ResNet50, SampleNet
 
 from slim_lowrank import Decompose, safe_torch_load, safe_torch_save
 
+MODELS = {
+    "sample": (SampleNet, lambda seed: torch.randint(0, 16, (4, 7, 7), generator=seed)),
+    "resnet50": (ResNet50, lambda seed: torch.randn(2, 3, 64, 64, generator=seed)),
+}
 
-def main(folder: Path, rank: int) -> None:
+
+def main(folder: Path, rank: int, name: str) -> None:
     """Follow the two-step flow: decompose on one card, load on all."""
     store = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.manual_seed(0)
-    net = SampleNet().eval()
+    make, make_input = MODELS[name]
+    net = make().eval()
     torch.manual_seed(100 + rank)  # the structure alone is initialised differently on each card
     config, weights = str(folder / "ranks.json"), folder / "state.pt"
     if rank == 0:
@@ -26,18 +32,18 @@ def main(folder: Path, rank: int) -> None:
     dist.barrier()
     card = Decompose(net, config).from_file().decompose_network(do_decompose_weight=False)
     card.load_state_dict(safe_torch_load(weights, map_location="cpu"))
-    ids = torch.randint(0, 16, (4, 7, 7), generator=torch.Generator().manual_seed(7))
-    y = card(ids).detach()
+    x = make_input(torch.Generator().manual_seed(7))
+    y = card(x).detach()
     both = [torch.empty_like(y) for _ in range(2)]
     dist.all_gather(both, y)
     assert torch.equal(both[0], both[1])
     if rank == 0:
-        assert torch.equal(y, whole(ids))
+        assert torch.equal(y, whole(x))
     parallel = torch.nn.parallel.DistributedDataParallel(card)
-    parallel(ids).sum().backward()
+    parallel(x).sum().backward()
     assert all(parameter.grad is not None for parameter in card.parameters())
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
