@@ -19,7 +19,7 @@ from slim_ptq.inventory import take_inventory
 from slim_ptq.pipeline.blocks import BlockRunner
 
 COMMAND = "nox -s bench-slim-ptq"
-SAMPLES, LENGTH = 16, 512
+SAMPLES, LENGTH = 32, 512  # the defaults of the command
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     data = CalibrationData(windows(ids, SAMPLES, LENGTH, 4), "random ids")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        nbytes = write_llama(root / "model", layers=4, hidden=1024, inter=2816)
+        nbytes = write_llama(root / "model", layers=2, hidden=1024, inter=2816)
         model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
 
         def whole_model() -> None:
