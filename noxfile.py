@@ -114,6 +114,7 @@ def typing(session: nox.Session) -> None:
     typed = ("torch", "transformers", "accelerate", "pydantic", "scipy", "matplotlib")
     session.install("-c", "constraints.txt", *local, "mypy", *typed)
     session.run("mypy", *SOURCES)
+    session.run("python", "-m", "mypy.stubtest", "slim_compress._native")
 
 
 @nox.session
