@@ -82,9 +82,11 @@ def main():
         "setting": f"{HEADS} query, {KV_HEADS} KV heads of {DIM}, fp32, 1 KV head kept, sink 4, "
         "window max(4000, T // 5), mean compensation",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "threads": torch.get_num_threads(),
-        "rows": [measure(length) for length in LENGTHS],
+        "rows": [],
     }
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        content["rows"] += [{"threads": threads} | measure(length) for length in LENGTHS]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "decode_speed.json").write_text(json.dumps(content, indent=1) + "\n")
 
