@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slim_core.checkpoint import copy_side_files, open_checkpoint
-from slim_core.errors import PlanError
+from slim_core.errors import FormatError
 from slim_core.export import CheckpointExport
 from slim_core.files import (
     PathLike,
@@ -188,7 +188,11 @@ def _verify(directory: Path, plan: Plan) -> None:
         return
     found = verify_checkpoint(directory)
     if not found.sound:
-        raise PlanError(found.problems, hint="this is a defect of slim, nothing was written")
+        listed = "".join(f"\n  - {problem}" for problem in found.problems)
+        raise FormatError(
+            f"what was written does not pass verification:{listed}",
+            hint="this is a defect of slim; the output directory was not made",
+        )
 
 
 def _perplexity(
