@@ -123,7 +123,6 @@ def _check_basics(values: Values) -> None:
     if values["a_bit"] == 8 and not values["w_sym"]:
         raise InvalidTypeError("w_sym must be True for 8-bit activations (a_bit = 8)")
     values["percdamp"] = check_float("percdamp", values["percdamp"], low=0, high=1)
-    values["pr"] = check_float("pr", values["pr"], low=0, high=1)
     check_choice("w_method", values["w_method"], WEIGHT_METHODS)
     if values.get("block_size") is not None:
         check_choice("block_size", values["block_size"], BLOCK_SIZES)
@@ -156,6 +155,7 @@ def _check_sparse(values: Values) -> None:
             if values[name] != forced:
                 _log.warning("co_sparse sets %s to %s (was %s)", name, forced, values[name])
             values[name] = forced
+    values["pr"] = check_float("pr", values["pr"], low=0, high=1)
 
 
 def _check_dynamic(values: Values) -> None:
