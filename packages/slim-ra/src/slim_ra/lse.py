@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slim_ra.kernels import combine, fused_attention, has_kernel
+
 TILE_BYTES = 1 << 24  # fp32 logits held at once by the tiled path
 
 
@@ -54,8 +56,8 @@ def attention_lse(
     """
     plain = window is None and softcap is None and query.dtype == value.dtype
     causal = causal and query.shape[2] > 1
-    if plain and key.shape[-1] == value.shape[-1] and _has_kernel(query, key, causal, bias):
-        return _by_kernel(query, key, value, scale, causal, bias)
+    if plain and key.shape[-1] == value.shape[-1] and has_kernel(query, key, causal, bias):
+        return fused_attention(query, key, value, scale, causal, bias)
     return _by_tiles(query, key, value, scale, causal, bias, window, softcap)
 
 
@@ -72,10 +74,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     output, lse : Tensor
         ``output`` is fp32.
     """
-    lse = torch.stack([part[1] for part in parts]).logsumexp(0)
-    finite = torch.where(lse.isfinite(), lse, 0.0)
-    output = sum(out.float() * (own - finite).exp()[..., None] for out, own in parts)
-    return torch.as_tensor(output), lse
+    outputs, lses = zip(*parts, strict=True)
+    return combine(torch.stack(outputs), torch.stack(lses), 0)
 
 
 def with_sink(output: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,54 +84,6 @@ def with_sink(output: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor,
         return output, lse
     total = torch.logaddexp(lse, sink.float().view(1, -1, 1).expand_as(lse))
     return (output * (lse - total).exp()[..., None]).to(output.dtype), total
-
-
-def _has_kernel(query: Tensor, key: Tensor, causal: bool, bias: Tensor | None) -> bool:
-    if causal and query.shape[2] != key.shape[2]:
-        return False
-    if query.device.type == "cpu":
-        grouped = bias is not None and bias.shape[1] not in (1, key.shape[1])
-        return not (causal and bias is not None) and not grouped
-    halves = (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and bias is None and query.dtype in halves
-
-
-def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run torch's flash kernel; grouped queries share their keys without a repeated copy."""
-    batch, heads, rows, dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    packed = query.reshape(batch, kv_heads, group, rows, dim)
-    if causal:
-        done = [_kernel(packed[:, :, j], key, value, scale, True, None) for j in range(group)]
-        output = torch.stack([part[0] for part in done], 2)
-        lse = torch.stack([part[1] for part in done], 2)
-    else:
-        # Rows of all queries of a group stand one below another.
-        if bias is not None:
-            bias = _repeat_rows(bias, batch, group, rows, key.shape[2])
-        flat = packed.reshape(batch, kv_heads, group * rows, dim)
-        output, lse = _kernel(flat, key, value, scale, False, bias)
-    return output.reshape(batch, heads, rows, -1), lse.reshape(batch, heads, rows)
-
-
-def _repeat_rows(bias: Tensor, batch: int, group: int, rows: int, keys: int) -> Tensor:
-    bias = bias.expand(batch, bias.shape[1], rows, keys)
-    return bias if group == 1 else bias.repeat(1, 1, group, 1)
-
-
-def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if query.device.type == "cpu":
-        cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        result = cpu_flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
-    else:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        result = flash(query, key, value, 0.0, causal, False, scale=scale)
-    return result[0], result[1]
 
 
 def _by_tiles(
