@@ -24,7 +24,7 @@ from slim_core.scheme import QuantScheme
 F32 = np.float32
 BF16 = ml_dtypes.bfloat16
 ASCEND = [FORMATS["ascend_v1"], FORMATS["safe_tensor"]]
-SCHEMES = ["w8a8", "w8a8_tensor", "w8a8_dynamic", "w8a16", "w8a16_asym", "w8a16_g8"]
+SCHEMES = ["w8a8", "w8a8_tensor", "w8a8_dynamic", "w8a16", "w8a16_asym", "w8a16_g8", "w8a8s"]
 
 both = pytest.mark.parametrize("form", ASCEND, ids=lambda form: form.name)
 

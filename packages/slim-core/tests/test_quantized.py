@@ -89,7 +89,7 @@ def test_an_asymmetric_weight_whose_offsets_are_zero_reads_as_symmetric() -> Non
     ],
 )
 def test_a_layer_without_its_scale_is_named(tensors: dict[str, Any]) -> None:
-    with pytest.raises(FormatError, match=r"a\.b has no two-dimensional weight"):
+    with pytest.raises(FormatError, match=r"a\.b has no two-dimensional weight with a scale"):
         scheme_of("a.b", "W8A16", tensors)
 
 

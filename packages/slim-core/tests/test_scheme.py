@@ -5,19 +5,20 @@ from hypothesis import strategies as st
 from slim_core.dtypes import INT4, INT8, IntType
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.scheme import (
-    ASCEND_TYPES,
     FLOAT,
     KNOWN_SCHEMES,
     TYPE_PRIORITY,
     Granularity,
     QuantScheme,
     TensorScheme,
+    Variant,
     model_type,
 )
 
 PER_CHANNEL = TensorScheme(INT8, Granularity.PER_CHANNEL)
 STATIC = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
 PER_TOKEN = TensorScheme(INT8, Granularity.PER_TOKEN)
+VARIANTS = {"W8A8S": Variant.SPARSE}
 
 
 @pytest.mark.parametrize(
@@ -31,11 +32,13 @@ PER_TOKEN = TensorScheme(INT8, Granularity.PER_TOKEN)
         ("w8a16_g128", TensorScheme(INT8, Granularity.PER_GROUP, True, 128), None, "W8A16"),
         ("w8a16_g64_asym", TensorScheme(INT8, Granularity.PER_GROUP, False, 64), None, "W8A16"),
         ("float", None, None, "FLOAT"),
+        ("w8a8s", PER_CHANNEL, STATIC, "W8A8S"),
+        ("w8a8s_tensor", TensorScheme(INT8, Granularity.PER_TENSOR), STATIC, "W8A8S"),
     ],
 )
 def test_parse(text, weight, activation, ascend):
     scheme = QuantScheme.parse(text)
-    assert scheme == QuantScheme(weight, activation)
+    assert scheme == QuantScheme(weight, activation, VARIANTS.get(ascend, Variant.NONE))
     assert scheme.ascend_type == ascend
     assert str(scheme) == text
     assert QuantScheme.parse(text.upper()) == scheme
@@ -145,7 +148,7 @@ def test_schemes_are_values():
 
 
 def test_model_type_is_the_one_of_highest_priority():
-    assert set(ASCEND_TYPES.values()) == set(TYPE_PRIORITY)
+    assert {QuantScheme.parse(text).ascend_type for text in KNOWN_SCHEMES} == set(TYPE_PRIORITY)
     assert model_type(set()) == "FLOAT"
     assert model_type({"FLOAT", "W8A16"}) == "W8A16"
     assert model_type({"W8A8_DYNAMIC", "W8A16", "FLOAT"}) == "W8A8_DYNAMIC"

@@ -1,8 +1,8 @@
-"""Integer value types of quantized tensors, and the names of floating-point storage types."""
+"""Value types of quantized tensors, and the names of floating-point storage types."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slim_core.validate import check_choice, check_int
 
@@ -31,6 +31,31 @@ class IntType:
     def __str__(self) -> str:
         return f"int{self.bits}"
 
+
+@dataclass(frozen=True, slots=True)
+class TableType:
+    """A type whose codes are places in a table of values.
+
+    Parameters
+    ----------
+    name : str
+    bits : int
+    levels : tuple of float
+        Ascending.  With a sign bit the values from 0 on, by the code without its highest bit,
+        which is the sign; else all values by their code.
+    sign_bit : bool
+    """
+
+    name: str
+    bits: int
+    levels: tuple[float, ...] = field(repr=False, compare=False)
+    sign_bit: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CodeType = IntType | TableType
 
 INT8 = IntType(8)
 INT4 = IntType(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,15 @@ from slim_core.numerics import dequantize_weight, fold_static
 from slim_core.scheme import QuantScheme
 
 Array = Any
+
+LAYER_TENSORS = (
+    "codes",
+    "weight_scale",
+    "weight_offset",
+    "input_scale",
+    "input_offset",
+    "bias",
+)  # fields of a QuantizedLinear that are arrays, besides the extras
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +42,8 @@ class QuantizedLinear:
         The float bias, in the dtype of the model.
     model_dtype : str
         ``float16``, ``bfloat16`` or ``float32``: decides how some formats store scales.
+    extras : mapping of str to array, float32
+        Further tensors of the scheme, by the local names that they have in a checkpoint.
     """
 
     name: str
@@ -44,6 +56,7 @@ class QuantizedLinear:
     bias: Array | None = None
     model_dtype: str = "float32"
     notes: tuple[str, ...] = field(default=())
+    extras: Mapping[str, Array] = field(default_factory=dict)
 
     def dequantized(self) -> Array:
         """Return the float32 weight, shape (out, in), that the codes stand for."""
@@ -56,6 +69,16 @@ class QuantizedLinear:
             xp = array_namespace(bias)
             bias = xp.astype(bias, xp.float32)
         return fold_static(self.codes, self.weight_scale, self.input_scale, self.input_offset, bias)
+
+    def map_tensors(self, convert: Callable[[Array], Array]) -> QuantizedLinear:
+        """Return the layer with every tensor converted: moved, or made one of another library."""
+        fields: dict[str, Any] = {
+            name: convert(tensor)
+            for name in LAYER_TENSORS
+            if (tensor := getattr(self, name)) is not None
+        }
+        extras = {name: convert(tensor) for name, tensor in self.extras.items()}
+        return replace(self, **fields, extras=extras)
 
     def renamed(self, name: str) -> QuantizedLinear:
         """Return the same layer under another name."""

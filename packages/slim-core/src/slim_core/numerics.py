@@ -175,6 +175,19 @@ def fold_static(
     return deq_scale, xp.astype(xp.clip(xp.round(value), -limit - 1, limit), xp.int32)
 
 
+def unfold_scale(deq_scale: Array, input_scale: Array) -> Array:
+    """Return a ``weight_scale``, shape of ``deq_scale``, that folds to exactly this ``deq_scale``.
+
+    The inverse of the product in :func:`fold_static`, for layers that store no weight scale.  Just
+    below a power of two the float32 quotient can be one place too small; then the next number is
+    returned.
+    """
+    xp = array_namespace(deq_scale, input_scale)
+    quotient = deq_scale / input_scale
+    above = xp.nextafter(quotient, xp.full_like(quotient, float("inf")))
+    return xp.where(quotient * input_scale == deq_scale, quotient, above)
+
+
 def check_finite(name: str, what: str, x: Array) -> None:
     """Require that every element is finite.
 

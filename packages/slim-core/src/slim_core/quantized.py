@@ -14,11 +14,11 @@ from slim_core.errors import CheckpointError, FormatError
 from slim_core.files import PathLike, as_path
 from slim_core.formats import DESCRIPTION_FILE, FORMATS
 from slim_core.layers import QuantizedLinear
-from slim_core.scheme import ASCEND_TYPES, QuantScheme
+from slim_core.scheme import TYPE_PRIORITY, QuantScheme
 
 ADDED_NORM_BIAS = "added_norm_bias"  # key in the metadata of a description
 
-_QUANTIZED_TYPES = frozenset(ASCEND_TYPES.values()) - {"FLOAT"}
+_QUANTIZED_TYPES = frozenset(TYPE_PRIORITY) - {"FLOAT"}
 
 
 class QuantizedCheckpoint:
@@ -142,9 +142,15 @@ def is_quantized(path: PathLike) -> bool:
 def scheme_of(name: str, kind: str, tensors: Mapping[str, np.ndarray]) -> QuantScheme:
     """Return the scheme that a type name and the shapes of the tensors of a layer stand for."""
     text = kind.lower()
-    scale, weight = tensors.get("weight_scale"), tensors.get("weight")
+    weight = tensors.get("weight")
+    if kind == "W8A8S":  # shape (out,) in the place of a weight_scale of (out, 1)
+        scale = tensors.get("deq_scale")
+        if scale is not None and scale.shape != (1,):
+            scale = scale.reshape(-1, 1)
+    else:
+        scale = tensors.get("weight_scale")
     if scale is None or weight is None or weight.ndim != 2:
-        raise FormatError(f"{name} has no two-dimensional weight with a weight_scale")
+        raise FormatError(f"{name} has no two-dimensional weight with a scale")
     if scale.ndim == 1:
         text += "_tensor"
     elif scale.shape[1] > 1:

@@ -1,13 +1,14 @@
 """The vocabulary of quantization schemes.
 
-A scheme says with which integer types, granularities and symmetries the weight and the activation
-of a linear layer are quantized.  It is written as a short string::
+A scheme says with which value types, granularities and symmetries the weight and the activation of
+a linear layer are quantized.  It is written as a short string, the Ascend type of the layer in
+lower case with what that leaves open::
 
     w8a8                 int8 per-channel weights, static per-tensor asymmetric int8 activations
     w8a8_dynamic         int8 per-channel weights, per-token symmetric int8 activations
-    w8a16                int8 per-channel weights only
     w8a16_g128           int8 weights with one scale per group of 128 input channels
     w8a16_asym           int8 weights with a zero point per output channel
+    w8a8s                sparse: few weights outside the range of four bits
     float                left in floating point
 
 ``_tensor`` asks for one scale for the whole weight matrix.
@@ -19,7 +20,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from slim_core.dtypes import INT8, IntType
+from slim_core.dtypes import INT4, INT8, CodeType
 from slim_core.errors import InvalidValueError
 from slim_core.validate import check_int, check_type, did_you_mean
 
@@ -33,24 +34,43 @@ class Granularity(str, Enum):
     PER_TOKEN = "per_token"  # one scale per row of an activation, found at run time
 
 
+class ScaleKind(str, Enum):
+    """What kind of number a scale is."""
+
+    FLOAT = "float"
+    TWO_STAGE = "two_stage"  # an integer per group times a float per channel, arXiv:2405.04532
+    E8M0 = "e8m0"  # a power of two, of the OCP microscaling formats
+
+
+class Variant(str, Enum):
+    """What tells apart layers of equal value types that are made or run in different ways."""
+
+    NONE = "none"
+    SPARSE = "sparse"  # W8A8S: the weight scale is not stored
+    MIX = "mix"  # W8A8_MIX: static activations in decode, per-token ones in prefill
+    FLATQUANT = "flatquant"  # learned affine transforms of the input, arXiv:2410.09426
+
+
 @dataclass(frozen=True, slots=True)
 class TensorScheme:
     """How one tensor is quantized.
 
     Parameters
     ----------
-    dtype : IntType
+    dtype : IntType or TableType
     granularity : Granularity
     symmetric : bool
         Whether the zero point is fixed at 0.
     group_size : int
         Number of input channels that share a scale; 0 unless the granularity is PER_GROUP.
+    scales : ScaleKind
     """
 
-    dtype: IntType
+    dtype: CodeType
     granularity: Granularity
     symmetric: bool = True
     group_size: int = 0
+    scales: ScaleKind = ScaleKind.FLOAT
 
     def __post_init__(self) -> None:
         grouped = self.granularity is Granularity.PER_GROUP
@@ -63,11 +83,13 @@ class TensorScheme:
 class QuantScheme:
     """How a linear layer is quantized; None stands for floating point.
 
-    Activations are quantized with fixed parameters, unless their granularity is PER_TOKEN.
+    Activations are quantized with fixed parameters if their granularity is PER_TENSOR, with
+    parameters found at run time if it is PER_TOKEN or PER_GROUP.
     """
 
     weight: TensorScheme | None
     activation: TensorScheme | None = None
+    variant: Variant = Variant.NONE
 
     @classmethod
     def parse(cls, text: str) -> QuantScheme:
@@ -76,14 +98,14 @@ class QuantScheme:
         Raises
         ------
         InvalidTypeError, InvalidValueError
-            ``text`` is not a scheme, or there is no Ascend type for it.
+            ``text`` is not a scheme.
         """
         words = check_type("scheme", text, str).lower()
         if words == "float":
             return FLOAT
         match = _GRAMMAR.fullmatch(words)
         scheme = _from_match(match) if match else None
-        if scheme is None or scheme._key not in ASCEND_TYPES:
+        if scheme is None:
             raise InvalidValueError(
                 f"scheme {text!r} is unknown; known are {', '.join(KNOWN_SCHEMES)}",
                 hint=did_you_mean(words, KNOWN_SCHEMES),
@@ -102,8 +124,11 @@ class QuantScheme:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether activations are quantized with parameters found for each token at run time."""
-        return self.activation is not None and self.activation.granularity is Granularity.PER_TOKEN
+        """Whether activations are quantized with parameters found at run time."""
+        return (
+            self.activation is not None
+            and self.activation.granularity is not Granularity.PER_TENSOR
+        )
 
     @property
     def group_size(self) -> int:
@@ -113,45 +138,96 @@ class QuantScheme:
     @property
     def ascend_type(self) -> str:
         """Type name of the layer in a model description, for example ``W8A8_DYNAMIC``."""
-        if self._key not in ASCEND_TYPES:
+        if self.weight is None:
+            return "FLOAT"
+        kind = _BY_KEY.get(self._key)
+        if kind is None:
             raise InvalidValueError(f"scheme {self} has no Ascend type")
-        return ASCEND_TYPES[self._key]
+        return kind.type
 
     @property
-    def _key(self) -> tuple[int, int, bool]:
-        if self.weight is None:
-            return (16, 16, False)
-        activation = 16 if self.activation is None else self.activation.dtype.bits
-        return (self.weight.dtype.bits, activation, self.is_dynamic)
+    def _key(self) -> _Key:
+        assert self.weight is not None
+        activation = None if self.activation is None else self.activation.dtype
+        return (self.weight.dtype, activation, self.is_dynamic, self.variant)
 
     def __str__(self) -> str:
         if self.weight is None:
             return "float"
-        weight, activation, dynamic = self._key
-        text = f"w{weight}a{activation}" + ("_dynamic" if dynamic else "")
-        if self.weight.granularity is Granularity.PER_GROUP:
-            text += f"_g{self.weight.group_size}"
-        elif self.weight.granularity is Granularity.PER_TENSOR:
+        kind = _BY_KEY.get(self._key)
+        text = self._plain_name() if kind is None else kind.type.lower()
+        if self.weight.granularity is Granularity.PER_TENSOR:
             text += "_tensor"
+        elif kind is None or self.group_size != kind.group_size:
+            letter = "g" if kind is None else kind.letter
+            text += f"_{letter}{self.group_size}" if self.group_size else ""
         return text if self.weight.symmetric else f"{text}_asym"
 
+    def _plain_name(self) -> str:
+        """Return a name of the same form for a scheme that has no Ascend type."""
+        assert self.weight is not None
+        activation = 16 if self.activation is None else self.activation.dtype.bits
+        dynamic = "_dynamic" if self.is_dynamic else ""
+        return f"w{self.weight.dtype.bits}a{activation}{dynamic}"
 
-# (weight bits, activation bits, dynamic) -> type name in the description of a checkpoint
-ASCEND_TYPES = {
-    (16, 16, False): "FLOAT",
-    (8, 8, False): "W8A8",
-    (8, 8, True): "W8A8_DYNAMIC",
-    (8, 16, False): "W8A16",
-}
-KNOWN_SCHEMES = ("w8a8", "w8a8_dynamic", "w8a16", "w8a16_g128", "w8a16_asym", "float")
-
-# What a mixed model is called as a whole: the last of these that it contains.
-TYPE_PRIORITY = ("FLOAT", "W8A16", "W8A8_DYNAMIC", "W8A8")
 
 FLOAT = QuantScheme(weight=None)
 
+STATIC_INT8 = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
+PER_TOKEN_INT8 = TensorScheme(INT8, Granularity.PER_TOKEN)
+PER_TOKEN_INT4 = TensorScheme(INT4, Granularity.PER_TOKEN)
+
+_Key = tuple[CodeType, CodeType | None, bool, Variant]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """An Ascend type and what its weights can be besides per channel and symmetric.
+
+    ``group_size`` is that of a text which gives none, ``letter`` stands before one in the text.
+    """
+
+    type: str
+    weight: CodeType
+    activation: TensorScheme | None = None
+    variant: Variant = Variant.NONE
+    group_size: int = 0
+    letter: str = ""
+    tensor: bool = False
+    asymmetric: bool = False
+    group_scales: ScaleKind = ScaleKind.FLOAT
+
+    @property
+    def key(self) -> _Key:
+        return QuantScheme(
+            TensorScheme(self.weight, Granularity.PER_CHANNEL), self.activation, self.variant
+        )._key
+
+
+_KINDS = (
+    _Kind("W8A16", INT8, letter="g", tensor=True, asymmetric=True),
+    _Kind("W8A8_DYNAMIC", INT8, PER_TOKEN_INT8, tensor=True),
+    _Kind("W8A8", INT8, STATIC_INT8, tensor=True),
+    _Kind("W8A8S", INT8, STATIC_INT8, Variant.SPARSE, tensor=True),
+)
+_BY_NAME = {kind.type.lower(): kind for kind in _KINDS}
+_BY_KEY = {kind.key: kind for kind in _KINDS}
+
+# What a mixed model is called as a whole: the last of these that it contains.
+TYPE_PRIORITY = ("FLOAT", *(kind.type for kind in _KINDS))
+KNOWN_SCHEMES = (
+    "w8a8",
+    "w8a8_dynamic",
+    "w8a16",
+    "w8a16_g128",
+    "w8a16_asym",
+    "w8a8s",
+    "float",
+)
+
 _GRAMMAR = re.compile(
-    r"w([1-9]\d?)a([1-9]\d?)(_dynamic)?(?:_g([1-9]\d{0,6})|(_tensor))?(_asym)?", re.ASCII
+    r"([a-z0-9_]+?)(?:_(?P<letter>[a-z])(?P<group>[1-9]\d{0,6})|(?P<tensor>_tensor))?(?P<asym>_asym)?",
+    re.ASCII,
 )
 
 
@@ -161,24 +237,20 @@ def model_type(types: set[str]) -> str:
 
 
 def _from_match(match: re.Match[str]) -> QuantScheme | None:
-    weight_bits, activation_bits, dynamic, group, tensor, asymmetric = match.groups()
-    if not 2 <= int(weight_bits) <= 8:
+    kind = _BY_NAME.get(match[1])
+    if (
+        kind is None
+        or (match["letter"] or kind.letter) != kind.letter
+        or (match["tensor"] and not kind.tensor)
+        or (match["asym"] and not kind.asymmetric)
+    ):
         return None
-    granularity = (
-        Granularity.PER_GROUP
-        if group
-        else Granularity.PER_TENSOR
-        if tensor
-        else Granularity.PER_CHANNEL
-    )
-    weight = TensorScheme(
-        IntType(int(weight_bits)), granularity, asymmetric is None, int(group or 0)
-    )
-    if activation_bits == "16":
-        return None if dynamic else QuantScheme(weight)
-    # Integer products are folded with one scale a row and no weight zero point.
-    if activation_bits != "8" or asymmetric or group:
-        return None
-    if dynamic:
-        return QuantScheme(weight, TensorScheme(INT8, Granularity.PER_TOKEN))
-    return QuantScheme(weight, TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False))
+    size = int(match["group"] or kind.group_size)
+    scales = ScaleKind.FLOAT
+    granularity = Granularity.PER_CHANNEL
+    if match["tensor"]:
+        granularity = Granularity.PER_TENSOR
+    elif size:
+        granularity, scales = Granularity.PER_GROUP, kind.group_scales
+    weight = TensorScheme(kind.weight, granularity, match["asym"] is None, size, scales)
+    return QuantScheme(weight, kind.activation, kind.variant)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from slim_core.errors import CheckpointError, StructureError
@@ -91,12 +90,7 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
 
 def as_torch(layer: QuantizedLinear) -> QuantizedLinear:
     """Return the layer with torch tensors in the place of arrays."""
-    values: dict[str, Any] = {
-        name: from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name in layer.__slots__
-        if (value := getattr(layer, name)) is not None
-    }
-    return QuantizedLinear(**values)
+    return layer.map_tensors(from_numpy)
 
 
 def _tied_names(model: Any) -> set[str]:

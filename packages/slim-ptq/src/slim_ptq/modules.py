@@ -6,25 +6,13 @@ model that holds these layers has the quality of the deployed one, on any device
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from slim_core.dtypes import INT8
-from slim_core.layers import QuantizedLinear
+from slim_core.layers import LAYER_TENSORS, QuantizedLinear
 from slim_core.numerics import dequantize_weight, quantize, quantize_per_token
-
-_LAYER_TENSORS = (
-    "codes",
-    "weight_scale",
-    "weight_offset",
-    "input_scale",
-    "input_offset",
-    "bias",
-)
 
 
 class FakeQuantLinear(nn.Module):
@@ -59,8 +47,11 @@ class FakeQuantLinear(nn.Module):
         self.out_features, self.in_features = layer.codes.shape
         self._dtype = dtype
         self._code_type = INT8 if layer.scheme.activation is None else layer.scheme.activation.dtype
-        for name in _LAYER_TENSORS:
+        for name in LAYER_TENSORS:
             self.register_buffer(name, getattr(layer, name))
+        self._extras = tuple(layer.extras)
+        for name, tensor in layer.extras.items():
+            self.register_buffer(name, tensor)
         deq_scale, quant_bias = layer.folded() if layer.scheme.is_static else (None, None)
         self.register_buffer("deq_scale", deq_scale)
         self.register_buffer("quant_bias", quant_bias)
@@ -83,6 +74,7 @@ class FakeQuantLinear(nn.Module):
             self.input_offset,
             self.bias,
             self.model_dtype,
+            extras={extra: self.get_buffer(extra) for extra in self._extras},
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,8 +108,4 @@ class FakeQuantLinear(nn.Module):
 
 def on_device(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:
     """Return the layer with all its tensors on a device."""
-    tensors = {name: getattr(layer, name) for name in _LAYER_TENSORS}
-    moved: dict[str, Any] = {
-        name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()
-    }
-    return replace(layer, **moved)
+    return layer.map_tensors(lambda tensor: tensor.to(device))

@@ -14,7 +14,8 @@ import numpy as np
 from slim_core.errors import FormatError
 from slim_core.formats.base import Format, Tensors, to_numpy
 from slim_core.layers import QuantizedLinear
-from slim_core.scheme import QuantScheme
+from slim_core.numerics import unfold_scale
+from slim_core.scheme import QuantScheme, Variant
 
 DESCRIPTION_FILE = "quant_model_description.json"
 
@@ -32,11 +33,10 @@ class SafeTensorFormat(Format):
 
     def encode(self, layer: QuantizedLinear) -> Tensors:
         """Return the tensors of a layer, named and typed as the engines read them."""
-        tensors: Tensors = {
-            "weight": to_numpy(layer.codes, np.int8),
-            "weight_scale": to_numpy(layer.weight_scale, np.float32),
-            "weight_offset": to_numpy(layer.weight_offset, np.float32),
-        }
+        tensors: Tensors = {"weight": to_numpy(layer.codes, np.int8)}
+        if layer.scheme.variant is not Variant.SPARSE:
+            tensors["weight_scale"] = to_numpy(layer.weight_scale, np.float32)
+            tensors["weight_offset"] = to_numpy(layer.weight_offset, np.float32)
         if layer.scheme.is_static:
             deq_scale, quant_bias = layer.folded()
             tensors["input_scale"] = to_numpy(layer.input_scale, np.float32)
@@ -63,17 +63,20 @@ class SafeTensorFormat(Format):
         scale_shapes = [(rows, 1), (1,)]
         if scheme.group_size:
             scale_shapes = [(rows, columns // scheme.group_size)]
-        layer: dict[str, Any] = {
-            "weight_scale": _take(name, tensors, "weight_scale", np.float32, scale_shapes),
-            "weight_offset": _take(name, tensors, "weight_offset", np.float32, scale_shapes),
-            "bias": tensors.get("bias"),
-        }
+        layer: dict[str, Any] = {"bias": tensors.get("bias")}
         if scheme.is_static:
             for key in ("input_scale", "input_offset"):
                 layer[key] = _take(name, tensors, key, np.float32, [(1,)])
             stored = np.int64 if model_dtype != "bfloat16" else np.float32
-            _take(name, tensors, "deq_scale", stored, [(rows,), (1,)])
+            deq_scale = _take(name, tensors, "deq_scale", stored, [(rows,), (1,)])
             _take(name, tensors, "quant_bias", np.int32, [(rows,)])
+        if scheme.variant is Variant.SPARSE:
+            scale = unfold_scale(decode_deq_scale(deq_scale), layer["input_scale"])
+            layer["weight_scale"] = scale if scale.shape == (1,) else scale[:, None]
+            layer["weight_offset"] = np.zeros_like(layer["weight_scale"])
+        else:
+            for key in ("weight_scale", "weight_offset"):
+                layer[key] = _take(name, tensors, key, np.float32, scale_shapes)
         return QuantizedLinear(name, scheme, codes, **layer, model_dtype=model_dtype)
 
     def weight_file(self, model_type: str) -> str:
