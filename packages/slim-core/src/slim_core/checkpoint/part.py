@@ -7,13 +7,15 @@ import io
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from slim_core.checkpoint.safetensors_file import build_header, dtype_code, frame_header
+from slim_core.errors import CheckpointError
+from slim_core.files import atomic_write, read_into
 
 BUFFER_BYTES = 64 << 20
 HEADER_ROOM = 1 << 20
@@ -45,6 +47,7 @@ class PartFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.nbytes = 0
+        self._finished = False
         self._file: IO[bytes] | None = None
         self._buffer = io.BytesIO()
         self._entries: dict[int, list[_Entry]] = {size: [] for size in (8, *_ODD_SIZES)}
@@ -85,13 +88,95 @@ class PartFile:
         self._file.flush()
         os.fchmod(self._file.fileno(), mode)
         os.fsync(self._file.fileno())
-        self._release()
+        self.release()
+        self._finished = True
 
     def discard(self) -> None:
         """Remove what was written."""
         self.path.unlink(missing_ok=True)
         self._second_path.unlink(missing_ok=True)
-        self._release()
+        self.release()
+
+    def save_state(self, sidecar: Path) -> dict[str, Any]:
+        """Flush everything to disk and return JSON values from which :meth:`from_state` goes on.
+
+        Parameters
+        ----------
+        sidecar : Path
+            File for what waits in memory; not written for a finished file.
+        """
+        entries = [
+            (size, *astuple(entry)) for size, rows in self._entries.items() for entry in rows
+        ]
+        state = {"file": self.path.name, "finished": self._finished, "entries": entries}
+        if self._finished:
+            return state
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with atomic_write(sidecar) as stream:
+            for waiting in self._waiting():
+                waiting.seek(0)
+                shutil.copyfileobj(waiting, stream, _COPY_BYTES)
+        return {**state, "sidecar": sidecar.name, "begun": self._file is not None}
+
+    @classmethod
+    def from_state(cls, directory: Path, state: dict[str, Any]) -> PartFile:
+        """Return the file as it was when :meth:`save_state` gave this state.
+
+        Raises
+        ------
+        OSError, CheckpointError
+            A file is missing or shorter than it was.
+        """
+        part = cls(directory / state["file"])
+        for size, name, code, shape, start, nbytes in state["entries"]:
+            part._entries[size].append(_Entry(name, code, tuple(shape), start, nbytes))
+            part._ends[size] += nbytes
+            part.nbytes += nbytes
+        part._finished = state["finished"]
+        if part._finished:
+            return part
+        try:
+            part._reopen(directory / state["sidecar"], begun=state["begun"])
+        except BaseException:
+            part.release()
+            raise
+        return part
+
+    def release(self) -> None:
+        """Close what is open; what was written stays."""
+        for stream in (self._file, *self._odd.values()):
+            if stream is not None:
+                # Closing writes what is buffered, which fails again where a write has failed; a
+                # finished file has been flushed before.
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self._file = None
+        self._odd.clear()
+        self._buffer = io.BytesIO()
+
+    def _reopen(self, sidecar: Path, *, begun: bool) -> None:
+        """Take up the streams where :meth:`save_state` left them."""
+        if begun:
+            self._file = self.path.open("r+b")
+            end = HEADER_ROOM + self._ends[8]
+            if self._file.seek(0, os.SEEK_END) < end:
+                raise CheckpointError(f"{self.path} is shorter than the {end} bytes it had")
+            self._file.truncate(end)
+            self._file.seek(end)
+        offset = 0
+        for size, end in self._ends.items():
+            if end and not (size == 8 and begun):
+                data = bytearray(end)
+                read_into(sidecar, offset, memoryview(data))
+                self._target(size, 0).write(data)
+                offset += end
+
+    def _waiting(self) -> list[IO[bytes]]:
+        """Return the streams whose bytes are not in the file yet, in the order of the sizes."""
+        first = [] if self._file is not None else [self._buffer]
+        return [*first, *(self._odd[size] for size in _ODD_SIZES if size in self._odd)]
 
     @property
     def _second_path(self) -> Path:
@@ -142,17 +227,6 @@ class PartFile:
             raise
         first.close()
         return second
-
-    def _release(self) -> None:
-        for stream in (self._file, *self._odd.values()):
-            if stream is not None:
-                # Closing writes what is buffered, which fails again where a write has failed; a
-                # finished file has been flushed before.
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self._file = None
-        self._odd.clear()
-        self._buffer = io.BytesIO()
 
     @staticmethod
     def _create(path: Path) -> IO[bytes]:

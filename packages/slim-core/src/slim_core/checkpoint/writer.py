@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,7 @@ class ShardWriter:
         self._parts: list[PartFile] = []
         self._names: set[str] = set()
         self._open = True
+        self._saved = 0
         self._files: tuple[Path, ...] = ()
 
     def add(self, name: str, array: np.ndarray) -> None:
@@ -130,7 +132,53 @@ class ShardWriter:
         self._open = False
         for part in self._parts:
             part.discard()
+        for file in self._sidecars:
+            file.unlink(missing_ok=True)
         self._parts.clear()
+
+    def save_state(self) -> dict[str, Any]:
+        """Flush everything to disk and return JSON values from which :meth:`from_state` goes on.
+
+        A state stays good until the second one after it is saved.
+        """
+        with self._cleaning_up():
+            self._saved += 1
+            sidecar = self._sidecars[self._saved % 2]
+            parts = [part.save_state(sidecar) for part in self._parts]
+        return {
+            "prefix": self._prefix,
+            "limit": self._limit,
+            "mode": self._mode,
+            "token": self._token,
+            "saved": self._saved,
+            "parts": parts,
+        }
+
+    @classmethod
+    def from_state(cls, directory: PathLike, state: dict[str, Any]) -> ShardWriter:
+        """Return a writer that goes on from :meth:`save_state`; later tensors are forgotten.
+
+        Raises
+        ------
+        OSError, CheckpointError
+            A temporary file is missing or shorter than it was.
+        """
+        writer = cls(directory, state["prefix"], max_shard_bytes=state["limit"], mode=state["mode"])
+        writer._token, writer._saved = state["token"], state["saved"]
+        root = writer._directory
+        writer._parts = [PartFile.from_state(root, part) for part in state["parts"]]
+        writer._names = {name for part in writer._parts for name in part.names}
+        number = len(writer._parts) + 1
+        while (later := writer._part_path(number)).exists():
+            later.unlink()
+            number += 1
+        return writer
+
+    def release(self) -> None:
+        """Close the files and leave them as they are, for :meth:`from_state`."""
+        self._open = False
+        for part in self._parts:
+            part.release()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -149,6 +197,15 @@ class ShardWriter:
     @property
     def _target(self) -> Path:
         return self._directory / f"{self._prefix}.safetensors"
+
+    @property
+    def _sidecars(self) -> tuple[Path, Path]:
+        """The files of the last saved state and of the one before."""
+        stem = f".{self._prefix}.{self._token}.state"
+        return self._directory / f"{stem}0", self._directory / f"{stem}1"
+
+    def _part_path(self, number: int) -> Path:
+        return self._directory / f".{self._prefix}.{self._token}.{number}.tmp"
 
     @contextlib.contextmanager
     def _cleaning_up(self) -> Iterator[None]:
@@ -172,7 +229,7 @@ class ShardWriter:
         if current is not None:
             current.finish(self._mode)
         number = len(self._parts) + 1
-        part = PartFile(self._directory / f".{self._prefix}.{self._token}.{number}.tmp")
+        part = PartFile(self._part_path(number))
         self._parts.append(part)
         return part
 
@@ -192,6 +249,8 @@ class ShardWriter:
             for file in renamed:
                 file.unlink(missing_ok=True)
             raise
+        for file in self._sidecars:
+            file.unlink(missing_ok=True)
         sync_dir(self._directory)
         self._files = (*files, index) if self._limit else (*files,)
 
