@@ -64,7 +64,7 @@ def test_what_is_written_reads_the_same(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"sceme": "w8a8"}, "sceme: unknown key; known are scheme, rules"),
+        ({"sceme": "w8a8"}, "sceme: unknown key; known are scheme, method, rules"),
         ({"scheme": "w9a8"}, "scheme: scheme 'w9a8' is unknown"),
         ({"scheme": 8}, "scheme: scheme must be str"),
         ({"format": "gguf"}, "format: format must be one of"),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from slim_core.errors import PatternError, PlanError
 from slim_core.formats import Format
 from slim_core.groups import group_by, is_expert, is_router
 from slim_core.matching import match_all
+from slim_core.method import MINMAX, MethodRules, MethodSpec, OnlyMinMax
 from slim_core.scheme import FLOAT, Granularity, QuantScheme, TensorScheme, model_type
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ _PER_TOKEN_INT8 = QuantScheme.parse("w8a8_dynamic").activation
 class LayerPlan:
     """One linear layer: its weight shape (out, in), its scheme, and why it has that scheme.
 
-    ``asked`` is False where the scheme is another one than the recipe asks for.
+    ``asked`` is False where the scheme is another one than the recipe asks for; ``needs_data``
+    says whether its method, which a layer in floating point does not use, needs calibration data.
     """
 
     name: str
@@ -39,6 +41,13 @@ class LayerPlan:
     scheme: QuantScheme
     reason: str
     asked: bool = True
+    method: MethodSpec = MINMAX
+    needs_data: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether statistics of the input of the layer are needed."""
+        return self.scheme.is_static or (self.needs_data and not self.scheme.is_float)
 
     def nbytes(self, model_dtype: str) -> int:
         """Return the estimated bytes of the stored layer without its float bias."""
@@ -84,7 +93,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether some layer needs statistics of activations."""
-        return any(layer.scheme.is_static for layer in self.layers)
+        return any(layer.needs_calibration for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
@@ -132,6 +141,7 @@ class Plan:
                     "name": layer.name,
                     "shape": list(layer.shape),
                     "scheme": str(layer.scheme),
+                    "method": "" if layer.scheme.is_float else str(layer.method),
                     "reason": layer.reason,
                 }
                 for layer in self.layers
@@ -147,8 +157,9 @@ def build_plan(
     model_dtype: str,
     bytes_before: int,
     calibrated: bool,
+    methods: MethodRules | None = None,
 ) -> Plan:
-    """Give every linear layer its scheme.
+    """Give every linear layer its scheme and its method.
 
     Parameters
     ----------
@@ -156,6 +167,8 @@ def build_plan(
         Weight shape (out, in) of every layer that can be quantized, by name.
     calibrated : bool
         Whether calibration data is there.
+    methods : MethodRules, optional
+        Rounding to nearest alone if not given.
 
     Raises
     ------
@@ -164,6 +177,7 @@ def build_plan(
     """
     problems: list[str] = []
     layers = tuple(_resolve(linears, recipe, problems))
+    layers = tuple(_with_methods(layers, recipe, methods or OnlyMinMax(), problems))
     for layer in layers:
         reason = form.unsupported(layer.scheme, layer.shape)
         if reason:
@@ -179,6 +193,11 @@ def build_plan(
         problems.append(f"the description holds one group size, the recipe asks for {sizes}")
     if not calibrated and any(layer.scheme.is_static for layer in layers):
         problems.append("static activation schemes need calibration data, and there is none")
+    if not calibrated:
+        unfed = {str(layer.method) for layer in layers if layer.needs_data}
+        problems += [
+            f"method {method} needs calibration data, and there is none" for method in sorted(unfed)
+        ]
     if not linears:
         problems.append("the model has no linear layer in a decoder block")
     elif not problems and all(layer.scheme.is_float for layer in layers):
@@ -203,7 +222,7 @@ def _resolve(
     names = list(linears)
     excluded = _expand("exclude", recipe.exclude, names, problems)
     ruled = _expand("rules", [rule.match for rule in recipe.rules], names, problems)
-    schemes = {rule.match: rule.scheme for rule in recipe.rules}
+    schemes = {rule.match: rule.scheme or recipe.scheme for rule in recipe.rules}
     for name, shape in linears.items():
         if name in excluded:
             yield LayerPlan(name, shape, FLOAT, f"excluded by {excluded[name]!r}")
@@ -216,6 +235,30 @@ def _resolve(
             yield LayerPlan(name, shape, scheme, "experts have no static kernel", asked=False)
         else:
             yield LayerPlan(name, shape, recipe.scheme, "recipe")
+
+
+def _with_methods(
+    layers: Iterable[LayerPlan], recipe: Recipe, rules: MethodRules, problems: list[str]
+) -> Iterable[LayerPlan]:
+    """Give every layer that is quantized its method: of its rule, of the recipe, of its scheme."""
+    layers = tuple(layers)
+    named = {rule.match: rule.method for rule in recipe.rules}
+    ruled = _expand("rules", named, [layer.name for layer in layers], [])
+    said: set[str] = set()
+    for layer in layers:
+        if layer.scheme.is_float:
+            yield layer
+            continue
+        method = named.get(ruled.get(layer.name, "")) or recipe.method
+        method = method or rules.default(layer.scheme)
+        problem = rules.problem(method, layer.scheme)
+        if problem is None:
+            yield replace(layer, method=method, needs_data=rules.needs_data(method))
+            continue
+        if problem not in said:  # once, not for every layer
+            said.add(problem)
+            problems.append(f"{layer.name}: {problem}")
+        yield layer
 
 
 def _expand(

@@ -6,6 +6,7 @@ Needs the extra ``recipes`` (pydantic and PyYAML).  Unknown keys are refused::
     exclude: ["*.layers.0.mlp.down_proj"]
     rules:                                # the first pattern that matches decides
       - {match: "*down_proj", scheme: w8a8_dynamic}
+    method: {name: gptq, damp: 0.05}      # or a bare name; rules may have their own
     smooth: {method: smoothquant, alpha: 0.5}
     observer: mean_minmax
     fallback: 2
@@ -19,11 +20,20 @@ from enum import Enum
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from slim_core.errors import RecipeError, SlimError
 from slim_core.files import PathLike, check_input_file
 from slim_core.formats import FORMATS
+from slim_core.method import MethodSpec
 from slim_core.scheme import QuantScheme
 from slim_core.validate import check_choice
 
@@ -39,6 +49,13 @@ def _parse_scheme(value: Any) -> QuantScheme:
         raise ValueError(str(error)) from error
 
 
+def _parse_method(value: Any) -> MethodSpec:
+    try:
+        return MethodSpec.parse(value)
+    except SlimError as error:
+        raise ValueError(str(error)) from error
+
+
 def _parse_format(value: Any) -> str:
     try:
         return check_choice("format", value, FORMATS)
@@ -47,6 +64,9 @@ def _parse_format(value: Any) -> str:
 
 
 Scheme = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str)]
+Method = Annotated[
+    MethodSpec, BeforeValidator(_parse_method), PlainSerializer(lambda spec: spec.to_plain())
+]
 
 
 class ObserverKind(str, Enum):
@@ -70,10 +90,20 @@ class _Strict(BaseModel):
 
 
 class Rule(_Strict):
-    """A glob over layer names and the scheme of the layers that it matches."""
+    """A glob over layer names, and scheme or method of the layers that it matches.
+
+    What a rule leaves out is that of the recipe.
+    """
 
     match: str = Field(min_length=1)
-    scheme: Scheme
+    scheme: Scheme | None = None
+    method: Method | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Rule:
+        if self.scheme is None and self.method is None:
+            raise ValueError("a rule needs a scheme, a method or both")
+        return self
 
 
 class Smooth(_Strict):
@@ -87,6 +117,7 @@ class Recipe(_Strict):
     """Everything that decides the bytes of the output, but for the model and the data."""
 
     scheme: Scheme = QuantScheme.parse("w8a8")
+    method: Method | None = None
     rules: tuple[Rule, ...] = ()
     exclude: tuple[str, ...] = ()
     fallback: int = Field(default=0, ge=0)
@@ -139,7 +170,8 @@ class Recipe(_Strict):
 
     def schemes(self) -> set[QuantScheme]:
         """Return every scheme that the recipe names."""
-        return {self.scheme, *(rule.scheme for rule in self.rules)}
+        ruled = {rule.scheme for rule in self.rules if rule.scheme is not None}
+        return {self.scheme, *ruled}
 
 
 def _explain(source: str, error: ValidationError) -> str:

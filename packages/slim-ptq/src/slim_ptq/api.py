@@ -47,6 +47,7 @@ def quantize(
     *,
     scheme: str | None = None,
     recipe: Recipe | PathLike | None = None,
+    method: str | None = None,
     format: str | None = None,
     calibration: PathLike | Iterable[str] | CalibrationData | None = None,
     samples: int = 32,
@@ -72,7 +73,10 @@ def quantize(
     scheme : str, optional
         ``w8a8`` (default), ``w8a8_dynamic``, ``w8a16``, ``w8a16_g128`` ... for all layers.
     recipe : Recipe or path, optional
-        In the place of ``scheme`` and ``format``: per-layer rules, exclusions, smoothing.
+        In the place of ``scheme``: per-layer rules, exclusions, smoothing, options of methods.
+    method : str, optional
+        How weights are quantized (:data:`slim_ptq.methods.METHODS`), ``minmax`` by default; in the
+        place of that of the recipe.
     format : str, optional
         ``ascend_v1`` (default), ``safe_tensor`` or ``float``.
     calibration : path, texts or CalibrationData, optional
@@ -109,6 +113,7 @@ def quantize(
         model,
         scheme=scheme,
         recipe=recipe,
+        method=method,
         format=format,
         calibration=calibration,
         samples=samples,

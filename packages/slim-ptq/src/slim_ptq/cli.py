@@ -29,6 +29,10 @@ RecipeFile = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="YAML or JSON recipe, in the place of --scheme and --format."),
 ]
+Method = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="How weights are quantized: minmax (default) or another method by name."),
+]
 FormatName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--format", help="ascend_v1 (default), safe_tensor or float."),
@@ -76,6 +80,7 @@ def quantize(
     output: Output,
     scheme: Scheme = None,
     recipe: RecipeFile = None,
+    method: Method = None,
     format_name: FormatName = None,
     calib: Calib = None,
     samples: Samples = 32,
@@ -95,6 +100,7 @@ def quantize(
             output,
             scheme=scheme,
             recipe=recipe,
+            method=method,
             format=format_name,
             calibration=calib,
             samples=samples,
@@ -120,6 +126,7 @@ def plan(
     model: Model,
     scheme: Scheme = None,
     recipe: RecipeFile = None,
+    method: Method = None,
     format_name: FormatName = None,
     calib: Calib = None,
     trust_remote_code: Trust = False,
@@ -133,6 +140,7 @@ def plan(
             model,
             scheme=scheme,
             recipe=recipe,
+            method=method,
             format=format_name,
             calibration=calib,
             plan_only=True,

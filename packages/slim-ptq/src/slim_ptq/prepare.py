@@ -18,6 +18,7 @@ from slim_core.validate import check_int
 from slim_ptq.calibration.text import CalibrationData, read_calibration, texts_to_calibration
 from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
 from slim_ptq.limits import check_tokens, within_positions
+from slim_ptq.methods import PtqMethods
 
 _log = get_logger("ptq")
 
@@ -44,6 +45,7 @@ def prepare(
     *,
     scheme: str | None = None,
     recipe: Recipe | PathLike | None = None,
+    method: str | None = None,
     format: str | None = None,
     calibration: PathLike | Iterable[str] | CalibrationData | None = None,
     samples: int = 32,
@@ -63,7 +65,7 @@ def prepare(
         Whatever is wrong; a :class:`~slim_core.errors.PlanError` lists all problems of the layers.
     """
     directory = as_path("model", model)
-    resolved = _resolve_recipe(scheme, recipe, format)
+    resolved = _resolve_recipe(recipe, scheme=scheme, method=method, form=format)
     checkpoint = open_checkpoint(directory)
     try:
         inventory = take_inventory(checkpoint, trust_remote_code=trust_remote_code)
@@ -88,6 +90,7 @@ def prepare(
         model_dtype=inventory.model_dtype,
         bytes_before=checkpoint.nbytes,
         calibrated=data is not None or plan_only,
+        methods=PtqMethods(),
     )
     job = Prepared(checkpoint, inventory, resolved, plan, data)
     if job.blockwise and data is None and not plan_only:
@@ -98,17 +101,16 @@ def prepare(
 
 
 def _resolve_recipe(
-    scheme: str | None, recipe: Recipe | PathLike | None, form: str | None
+    recipe: Recipe | PathLike | None, *, scheme: str | None, method: str | None, form: str | None
 ) -> Recipe:
+    values = {"scheme": scheme, "method": method, "format": form}
+    given = {key: value for key, value in values.items() if value is not None}
     if recipe is None:
-        values = {"scheme": scheme, "format": form}
-        return Recipe.build(**{key: value for key, value in values.items() if value is not None})
+        return Recipe.build(**given)
     if scheme is not None:
         raise RecipeError("give either a scheme or a recipe, not both")
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    if form is None:
-        return resolved
-    return Recipe.build(**{**dict(resolved), "format": form})
+    return Recipe.build(**{**dict(resolved), **given}) if given else resolved
 
 
 def _calibration(

@@ -1,5 +1,18 @@
 """Methods that turn a float weight into codes, each a pure function in a file of its own."""
 
-from slim_ptq.methods.minmax import quantize_minmax, relative_error
+from slim_ptq.methods.base import LayerInputs, Needs, Parts, WeightMethod
+from slim_ptq.methods.minmax import MinMax, quantize_minmax, relative_error
+from slim_ptq.methods.registry import METHODS, PtqMethods, make_method
 
-__all__ = ["quantize_minmax", "relative_error"]
+__all__ = [
+    "METHODS",
+    "LayerInputs",
+    "MinMax",
+    "Needs",
+    "Parts",
+    "PtqMethods",
+    "WeightMethod",
+    "make_method",
+    "quantize_minmax",
+    "relative_error",
+]

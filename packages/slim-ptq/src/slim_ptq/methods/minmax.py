@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,14 +16,37 @@ from slim_core.numerics import (
     quantize_weight,
     weight_params,
 )
-from slim_core.scheme import Granularity, TensorScheme
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme
+from slim_ptq.methods.base import LayerInputs, Needs, Parts
 
 _CHUNK = 1 << 18  # elements
 
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Parts:
+@dataclass(frozen=True)
+class MinMax:
+    """:func:`quantize_minmax` as a method of recipes."""
+
+    name: ClassVar[str] = "minmax"
+    needs: ClassVar[Needs] = Needs.NONE
+
+    def unsupported(self, scheme: QuantScheme) -> str | None:
+        """Every scheme has extreme weights."""
+        return None
+
+    def quantize(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        scheme: TensorScheme,
+        inputs: LayerInputs | None = None,
+    ) -> Parts:
+        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
+        return Parts(*quantize_minmax(name, weight, scheme))
+
+
+def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Tensors:
     """Quantize a weight.
 
     Parameters
@@ -61,7 +86,7 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Pa
     return codes, torch.cat(scales), torch.cat(offsets)
 
 
-def relative_error(weight: torch.Tensor, parts: Parts) -> float:
+def relative_error(weight: torch.Tensor, parts: Tensors) -> float:
     """Return ``||W - W_q|| / ||W||`` (Frobenius), 0 for a weight of zeros."""
     values = weight.detach()
     codes, scale, offset = parts

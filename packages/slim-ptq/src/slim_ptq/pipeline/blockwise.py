@@ -174,6 +174,7 @@ class _Job:
             weight,
             None if bias is None else self._as_stored(f"{plan.name}.bias", bias),
             model_dtype=self._plan.model_dtype,
+            inputs=statistics.inputs(),
             input_params=params if plan.scheme.is_static else None,
         )
         seen = statistics.tokens

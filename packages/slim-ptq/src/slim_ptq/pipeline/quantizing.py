@@ -10,13 +10,16 @@ import torch
 from slim_core.checkpoint import Checkpoint
 from slim_core.export import CheckpointExport
 from slim_core.layers import QuantizedLinear
+from slim_core.logging import get_logger
 from slim_core.plan import LayerPlan
 from slim_core.report import LayerReport
-from slim_ptq.methods import quantize_minmax, relative_error
+from slim_ptq.methods import LayerInputs, MinMax, Needs, WeightMethod, make_method, relative_error
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.tensors import from_numpy
 
 _CPU = torch.device("cpu")
+
+_log = get_logger("ptq")
 
 
 def read_bias(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
@@ -31,16 +34,39 @@ def quantize_layer(
     bias: torch.Tensor | None,
     *,
     model_dtype: str,
+    inputs: LayerInputs | None = None,
     input_params: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[QuantizedLinear, float]:
-    """Quantize a layer; returns it and the relative error of its weight."""
+    """Quantize a layer by its method; returns it and the relative error of its weight.
+
+    Parameters
+    ----------
+    inputs : LayerInputs, optional
+        There if the method needs calibration data.  A layer that no token reached, an expert, is
+        rounded to nearest; its notes say so.
+    """
     assert plan.scheme.weight is not None  # narrowing: only quantized layers are planned
-    parts = quantize_minmax(plan.name, weight, plan.scheme.weight)
-    layer = QuantizedLinear(plan.name, plan.scheme, *parts, bias=bias, model_dtype=model_dtype)
+    method: WeightMethod = make_method(plan.method)
+    notes: tuple[str, ...] = ()
+    if method.needs is not Needs.NONE and inputs is not None and not inputs.count:
+        notes = (f"no calibration token reached it: minmax in the place of {plan.method}",)
+        _log.warning("%s: %s", plan.name, notes[0])
+        method = MinMax()
+    parts = method.quantize(plan.name, weight, plan.scheme.weight, inputs)
+    layer = QuantizedLinear(
+        plan.name,
+        plan.scheme,
+        parts.codes,
+        parts.scale,
+        parts.offset,
+        bias=bias,
+        model_dtype=model_dtype,
+        notes=notes + parts.notes,
+    )
     if input_params is not None:
         scale, offset = (part.to(weight.device) for part in input_params)
         layer = replace(layer, input_scale=scale, input_offset=offset)
-    return layer, relative_error(weight, parts)
+    return layer, relative_error(weight, (parts.codes, parts.scale, parts.offset))
 
 
 def write_layer(
@@ -53,7 +79,6 @@ def write_layer(
     output_error: float | None,
     started: float,
     transposed: bool = False,
-    notes: tuple[str, ...] = (),
 ) -> LayerReport:
     """Write a layer to the checkpoint and return its line in the report."""
     bytes_after = export.add_layer(on_device(layer, _CPU), transposed=transposed)
@@ -61,14 +86,14 @@ def write_layer(
         name=plan.name,
         scheme=str(plan.scheme),
         type=plan.scheme.ascend_type,
-        method="minmax",
+        method=str(plan.method),
         shape=plan.shape,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         weight_error=weight_error,
         output_error=output_error,
         seconds=time.perf_counter() - started,
-        notes=notes,
+        notes=layer.notes,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -10,13 +12,14 @@ from slim_core.groups import input_group
 from slim_core.numerics import check_finite
 from slim_core.plan import LayerPlan
 from slim_core.recipe import ObserverKind
+from slim_ptq.methods import LayerInputs, Needs, make_method
 from slim_ptq.observers import Observer, make_observer
 
 _KEPT_TOKENS = 256  # for the output error in the report
 
 
 class InputStatistics:
-    """Range and a few tokens of the tensor that enters a group of layers.
+    """Range, moments and a few tokens of the tensor that enters a group of layers.
 
     Layers that engines run as one matrix read the same tensor, which is watched once.
 
@@ -26,10 +29,17 @@ class InputStatistics:
         Of the first layer of the group in the checkpoint, for messages.
     observer : Observer, optional
         None if no layer of the group needs a range.
+    needs : Needs
+        What the methods of the group need.
     """
 
-    def __init__(self, name: str, observer: Observer | None) -> None:
+    def __init__(self, name: str, observer: Observer | None, needs: Needs = Needs.NONE) -> None:
         self._name = name
+        self._needs = needs
+        self._count = 0
+        self._inputs: LayerInputs | None = None
+        self._hessian: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None
         self.observer = observer
         self.tokens: torch.Tensor | None = None
 
@@ -38,14 +48,40 @@ class InputStatistics:
         if not x.numel():
             return
         check_finite(self._name, "input", x)
+        rows = x.detach().reshape(-1, x.shape[-1])
         if self.tokens is None:
-            self.tokens = x.detach().reshape(-1, x.shape[-1])[:_KEPT_TOKENS].clone()
+            self.tokens = rows[:_KEPT_TOKENS].clone()
+        self._accumulate(rows)
         if self.observer is None:
             return
         if x.ndim == 3:
             self.observer.update_rows(x)
         else:
             self.observer.update(x)
+
+    def inputs(self) -> LayerInputs:
+        """Return what methods see of all batches so far; the same object until the next batch."""
+        if self._inputs is None:
+            count = max(self._count, 1)
+            hessian = None if self._hessian is None else self._hessian / count
+            moments = None if self._squares is None else self._squares / count
+            if hessian is not None:
+                moments = hessian.diagonal()
+            self._inputs = LayerInputs(self._count, hessian, moments)
+        return self._inputs
+
+    def _accumulate(self, rows: torch.Tensor) -> None:
+        self._count += rows.shape[0]
+        self._inputs = None
+        if Needs.HESSIAN in self._needs:
+            rows = rows.float()
+            if self._hessian is None:
+                self._hessian = rows.T @ rows
+            else:
+                self._hessian.addmm_(rows.T, rows)
+        elif Needs.MOMENTS in self._needs:
+            squares = rows.float().square().sum(dim=0)
+            self._squares = squares if self._squares is None else self._squares + squares
 
 
 def block_statistics(
@@ -58,16 +94,17 @@ def block_statistics(
     layers : mapping
         Quantized layers of the block by their local module names.
     """
-    groups: dict[str, InputStatistics] = {}
-    shared: dict[str, InputStatistics] = {}
-    static = {input_group(p.name) for p in layers.values() if p.scheme.is_static}
+    groups: dict[str, list[str]] = {}
     for local, plan in layers.items():
-        group = input_group(plan.name)
-        if group not in groups:
-            observer = make_observer(kind) if group in static else None
-            groups[group] = InputStatistics(plan.name, observer)
-        shared[local] = groups[group]
-    return shared
+        groups.setdefault(input_group(plan.name), []).append(local)
+    shared: dict[str, InputStatistics] = {}
+    for members in groups.values():
+        plans = [layers[local] for local in members]
+        observer = make_observer(kind) if any(plan.scheme.is_static for plan in plans) else None
+        needs = functools.reduce(operator.or_, (make_method(plan.method).needs for plan in plans))
+        statistics = InputStatistics(plans[0].name, observer, needs)
+        shared |= dict.fromkeys(members, statistics)
+    return {local: shared[local] for local in layers}
 
 
 def first_watchers(statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
