@@ -1,0 +1,6 @@
+"""Int8 attention (FAQuant): scales of queries, keys and values by head, and their emulation."""
+
+from slim_ptq.attention.fa_quantizer import FAQuantizer, Mode
+from slim_ptq.attention.install import check_called, find_quantizers, install_quantizers
+
+__all__ = ["FAQuantizer", "Mode", "check_called", "find_quantizers", "install_quantizers"]
