@@ -391,8 +391,9 @@ def test_cache_on_a_model_that_was_not_enabled(maker):
         model(tokens(1, 5), past_key_values=cache)
 
 
-def test_cache_with_another_attention_raises_in_the_first_pass():
-    model = build(ROTARY["llama"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_cache_with_another_attention_raises_in_the_first_pass(layers):
+    model = build(ROTARY["llama"], num_hidden_layers=layers)
     with razor(model, RazorPolicy.from_profile(RetrievalHeads({}), model.config)) as new_cache:
         model.config._attn_implementation = "sdpa"
         with pytest.raises(StructureError, match="did not attend"):
@@ -400,6 +401,7 @@ def test_cache_with_another_attention_raises_in_the_first_pass():
         copied = RazorCache(copy.deepcopy(model.config), new_cache().policy)
         with pytest.raises(StructureError, match="not set up"):
             model(tokens(1, 5), past_key_values=copied)
+    assert not model.base_model._forward_hooks
 
 
 def test_refusals(tmp_path):
@@ -518,13 +520,22 @@ def test_legacy_windows_change_nothing():
     assert float((got - expected).abs().max()) <= 1e-5
 
 
-def test_alibi_compensation_needs_a_slope_a_head():
-    model = build(ALIBI["falcon_mqa"])
-    policy = RazorPolicy.from_profile(
-        AlibiWindows(torch.full((8,), 9)), model.config, compensation="mean"
-    )
-    with razor(model, policy) as new_cache, pytest.raises(StructureError, match="slope"):
-        model(tokens(1, 20), past_key_values=new_cache())
+@pytest.mark.parametrize("name", ["falcon", "falcon_mqa", "falcon_new"])
+def test_alibi_compensation_bytes_and_effect(name):
+    model = build(ALIBI[name])
+    ids = tokens(1, 140)
+    errors = {}
+    expected = steps(model, ids, DynamicCache(config=model.config), 120)
+    for compensation in ("mean", "none"):
+        policy = RazorPolicy.from_profile(
+            AlibiWindows(torch.full((8,), 9)), model.config, compensation=compensation
+        )
+        with razor(model, policy) as new_cache:
+            cache = new_cache()
+            got = steps(model, ids, cache, 120)
+        assert cache.nbytes() == predict(policy, 140, itemsize=4).razor
+        errors[compensation] = float((got - expected).abs().mean())
+    assert errors["mean"] < 0.25 * errors["none"]
 
 
 def test_hybrid_models_keep_their_local_layers():

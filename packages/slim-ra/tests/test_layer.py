@@ -172,33 +172,57 @@ def test_alibi_layer_equals_reference(compensation, pads, frozen):
     )
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_alibi_compensation_of_query_heads_that_share_a_kv_head(kv_heads, frozen):
+    """Each query head weighs what was dropped by its own slope."""
+    slopes = torch.tensor([0.5, 0.1, 0.01, 1 / 256], dtype=torch.float64)
+    profile = AlibiWindows(torch.tensor([3, 10, 10, 45]))
+    rules = policy(profile, kv_heads=kv_heads, compensation="mean", sink_size=2)
+    layer = run(rules, pads=(0, 7), frozen=frozen, slopes=slopes, chunk=9)
+    group = 4 // kv_heads
+    means = [store.mean_key.shape for store in layer.stores]
+    assert means == [(2, len(store.heads), group, D) for store in layer.stores]
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.5, 0.01, 1 / 256])
-def test_identical_dropped_tokens_are_compensated_exactly(slope):
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_identical_dropped_tokens_are_compensated_exactly(slope, kv_heads, monkeypatch):
+    """With the weight of the dropped tokens the result is exact; without it, far off."""
     slopes = torch.full((4,), slope, dtype=torch.float64) if slope else None
     generator = torch.Generator().manual_seed(0)
-    key = torch.randn(1, 4, 1, D, generator=generator).expand(-1, -1, 200, -1).clone()
-    value = torch.randn(1, 4, 1, D, generator=generator).expand(-1, -1, 200, -1).clone()
-    key[:, :, -4:], value[:, :, -4:] = torch.randn(2, 1, 4, 4, D, generator=generator)
+    key, value = torch.randn(2, 1, kv_heads, 1, D, generator=generator).expand(-1, -1, -1, 200, -1)
+    key, value = key.clone(), value.clone()
+    key[:, :, -1:], value[:, :, -1:] = torch.randn(2, 1, kv_heads, 1, D, generator=generator)
     query = torch.randn(1, 4, 1, D, generator=generator)
-    profile = RetrievalHeads({}) if slopes is None else AlibiWindows(torch.tensor([4] * 4))
-    errors = {}
-    for compensation in ("mean", "none"):
-        rules = policy(profile, sink_size=0, window=4, compensation=compensation)
+    profile = RetrievalHeads({}) if slopes is None else AlibiWindows(torch.ones(4).long())
+    rules = policy(profile, kv_heads=kv_heads, sink_size=0, window=1, compensation="mean")
+
+    def decoded():
         layer = layer_for(rules, slopes=slopes)
-        columns = None
         for new in (slice(0, 199), slice(199, 200)):
             layer.update(key[:, :, new].clone(), value[:, :, new].clone())
-            if slopes is not None:
-                columns = (slopes[:, None] * torch.arange(new.stop)).float()[None]
+            columns = None if slopes is None else slope * torch.arange(new.stop).expand(1, 4, -1)
             rows = query.expand(-1, -1, new.stop - new.start, -1)
             got = layer.attend(rows, scale=SCALE, columns=columns)
-        bias = slope * torch.arange(200.0)
-        weights = ((query @ key.mT)[:, :, 0] * SCALE + bias).softmax(-1)
-        full = (weights[:, :, None] @ value)[:, :, 0]
-        errors[compensation] = float((got[:, :, 0] - full).abs().max())
-    assert errors["mean"] <= 1e-5
-    if slope < 0.5:  # at 0.5 a window of four holds most of the attention by itself
-        assert errors["none"] > 0.1
+        return got[:, :, 0]
+
+    share = 4 // kv_heads
+    logits = (query @ key.repeat_interleave(share, 1).mT)[:, :, 0] * SCALE
+    weights = (logits + slope * torch.arange(200.0)).softmax(-1)
+    full = (weights[:, :, None] @ value.repeat_interleave(share, 1))[:, :, 0]
+    torch.testing.assert_close(decoded(), full, atol=1e-5, rtol=0)
+
+    weighted = HeadStore.compensation
+
+    def unweighted(store, reference):
+        extra = weighted(store, reference)
+        if extra is not None:
+            extra.log_weight = extra.log_weight - store._mass(store.dropped).log()
+        return extra
+
+    monkeypatch.setattr(HeadStore, "compensation", unweighted)
+    assert float((decoded() - full).abs().max()) > 0.1
 
 
 def test_streaming_mean_equals_direct_mean():

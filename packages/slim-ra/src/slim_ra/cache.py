@@ -18,6 +18,7 @@ from slim_ra.policy import RazorPolicy
 from slim_ra.profile import AlibiWindows
 
 MODES = ("prefill", "incremental")
+_HINT = "use slim_ra.enable(model) first, and make the cache with model.config itself"
 
 # Configurations of the models that are set up for this cache, by identity: they do not hash.
 enabled: dict[int, Any] = {}
@@ -125,17 +126,26 @@ class RazorCache(Cache):
         for layer in self.razor_layers:
             layer.fold()
 
-    def _check(self, index: int) -> None:
-        """Raise unless the model will consume what is about to be stored."""
-        hint = "use slim_ra.enable(model) first, and make the cache with model.config itself"
-        if enabled.get(id(self.config)) is not self.config:
-            raise StructureError("the model is not set up for RazorCache", hint=hint)
+    def check_consumed(self) -> None:
+        """Refuse to go on when a layer was given keys and values but never attended to them.
+
+        Raises
+        ------
+        StructureError
+            Naming the layer.
+        """
         for layer in self.razor_layers:
             if layer.pending is not None:
                 layer.pending = None
                 raise StructureError(
-                    f"layer {layer.index} did not attend through its RazorCache", hint=hint
+                    f"layer {layer.index} did not attend through its RazorCache", hint=_HINT
                 )
+
+    def _check(self, index: int) -> None:
+        """Raise unless the model will consume what is about to be stored."""
+        if enabled.get(id(self.config)) is not self.config:
+            raise StructureError("the model is not set up for RazorCache", hint=_HINT)
+        self.check_consumed()
         current: Any = self.layers[index]
         if isinstance(self.policy.profile, AlibiWindows) and not current.alibi:
             raise StructureError("ALiBi windows are given, but this model has no ALiBi attention")

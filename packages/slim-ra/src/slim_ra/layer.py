@@ -46,7 +46,7 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.check = check
         self.defer = False
         self.alibi = False
-        self.slopes: Tensor | None = None  # one a KV head, where that is defined
+        self.slopes: Tensor | None = None  # ALiBi, one a query head
         self.pending: tuple[Tensor, Tensor] | None = None
         self.stores: list[HeadStore] = []
         self.seen = 0
@@ -204,12 +204,15 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         heads = torch.tensor(group.heads)
         fixed = group.window
         rule = policy.window_for if fixed is None else lambda _tokens: int(fixed)
+        slopes = None
+        if self.slopes is not None:
+            slopes = self.slopes.view(policy.geometry.kv_heads, -1)[heads].float()
         return HeadStore(
             heads,
             None if group.full else rule,
             sink_size=policy.sink_size,
             compensate=policy.compensation == "mean",
-            slopes=None if self.slopes is None else self.slopes[heads].float(),
+            slopes=slopes,
             frozen=self.frozen,
             grow=policy.grow,
         )
@@ -278,9 +281,9 @@ def _over_store(
     extra = store.compensation(reference)
     if extra is None:
         return result
-    logits = (grouped.float() * extra.key[:, :, None]).sum(-1) * scale
-    logits = cap(logits, softcap) + extra.log_weight[..., None, None]
-    mean = extra.value[:, :, None].expand(*logits.shape, -1).flatten(1, 2)
+    logits = (grouped.float() * extra.key[:, :, :, None]).sum(-1) * scale
+    logits = cap(logits, softcap) + extra.log_weight[..., None]
+    mean = extra.value[:, :, :, None].expand(*logits.shape, -1).flatten(1, 2)
     return merge([result, (mean, logits.flatten(1, 2))])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slim_ra.policy import RazorPolicy
+from slim_ra.profile import AlibiWindows
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def predict(
     """Predict what a RazorCache holds after a prompt of ``tokens`` tokens.
 
     A head without full history holds ``min(T, S + W)`` tokens (``S`` sinks, window ``W``) and, with
-    compensation, two fp32 vectors; the other heads hold ``T``.  Exact for models whose layers all
+    compensation, two fp32 vectors (with ALiBi two for each query head that shares it); the other
+    heads hold ``T``.  Exact for models whose layers all
     have full attention.
 
     Parameters
@@ -49,13 +51,14 @@ def predict(
     geometry = policy.geometry
     width = geometry.head_dim + (value_dim or geometry.head_dim)
     slots = means = 0
+    own_means = geometry.group if isinstance(policy.profile, AlibiWindows) else 1
     for layer in range(geometry.layers):
         for group in policy.groups(layer):
             held = tokens
             if not group.full:
                 window = group.window or policy.window_for(tokens)
                 held = min(tokens, window + policy.sink_size)
-                means += len(group.heads) * (policy.compensation == "mean")
+                means += own_means * len(group.heads) * (policy.compensation == "mean")
             slots += len(group.heads) * held
     full = batch * width * itemsize * geometry.layers * geometry.kv_heads * tokens
     return Memory(tokens, full, batch * width * (itemsize * slots + 4 * means))

@@ -53,6 +53,9 @@ def enable(model: Any) -> None:
             raise StructureError(
                 f"{type(model).__name__} does not use the attention interface of transformers"
             )
+        # The next layer notices one that did not attend; after the last there is only this hook.
+        hook = model.base_model.register_forward_hook(_check_cache, with_kwargs=True)
+        stack.callback(hook.remove)
         config = text_config(model.config)
         enabled[id(config)] = config
         stack.callback(enabled.pop, id(config), None)
@@ -104,6 +107,12 @@ def razor(
             disable(model)
 
 
+def _check_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, RazorCache):
+            value.check_consumed()
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -121,14 +130,8 @@ def _alibi_forward(module: Any, family: Family, original: Callable[..., Any]) ->
         if not isinstance(call.cache, RazorCache):
             return original(*args, **kwargs)
         layer: RazorLayer = call.cache.layers[module.layer_idx]
-        policy = call.cache.policy
-        if policy.compensation == "mean" and policy.geometry.group > 1:
-            raise StructureError(
-                "compensation needs one ALiBi slope a KV head, but query heads share them here",
-                hint="use compensation='none'",
-            )
         layer.alibi = True
-        layer.slopes = slopes if policy.geometry.group == 1 else None
+        layer.slopes = slopes
         query, key, value = family.project(call)
         pads = _alibi_padding(family, call, layer.seen)
         layer.update(key, value)

@@ -30,9 +30,10 @@ class Compensation:
     Attributes
     ----------
     key, value : Tensor
-        fp32 ``[B, H, 1, D]``, the (weighted) means.
+        fp32 ``[B, H, G, D]``, the (weighted) means: one for all query heads of a KV head
+        (``G = 1``), or with ALiBi one for each, because they weigh what was dropped differently.
     log_weight : Tensor
-        fp32 ``[B, H]``, added to its logit; ``-inf`` where nothing was dropped.
+        fp32 ``[B, H, G]``, added to its logit; ``-inf`` where nothing was dropped.
     """
 
     key: Tensor
@@ -53,7 +54,8 @@ class HeadStore:
     compensate : bool
         Keep the means of what is dropped.
     slopes : Tensor or None
-        fp32 ``[H]`` ALiBi slopes: the means then weigh token ``n`` by ``exp(slope * n)``.
+        fp32 ``[H, G]`` ALiBi slopes of the query heads of each KV head: the means then weigh
+        token ``n`` by ``exp(slope * n)``.
     frozen : bool
         Cut once; tokens after the cut are kept.
     grow : bool
@@ -122,7 +124,7 @@ class HeadStore:
         self.ring = int(self.windows.max())
         self.dropped = torch.zeros(batch, dtype=torch.int64, device=key.device)
         if self.compensate:
-            shape = (batch, heads, 1)
+            shape = (batch, heads, 1 if self.slopes is None else self.slopes.shape[1])
             self.mean_key = key.new_zeros(*shape, key.shape[3], dtype=torch.float32)
             self.mean_value = key.new_zeros(*shape, value.shape[3], dtype=torch.float32)
         self.cut = self.seen
@@ -188,8 +190,8 @@ class HeadStore:
         if self.slopes is not None:
             cut = self.cut if self.frozen else self.seen
             newest = cut - self.windows - 1  # the latest dropped token
-            weight = weight - self.slopes * (reference - newest)[:, None]
-        log_weight = weight.expand(-1, self.mean_key.shape[1]).float()
+            weight = weight - self.slopes * (reference - newest)[:, None, None]
+        log_weight = weight.expand(self.mean_key.shape[:3]).float()
         return Compensation(self.mean_key, self.mean_value, log_weight)
 
     def nbytes(self) -> int:
@@ -226,11 +228,12 @@ class HeadStore:
         return torch.tensor([self.rule(count) for count in tokens], device=device)
 
     def _mass(self, count: Tensor) -> Tensor:
-        """Sum of the weights of ``count`` tokens, the latest weighing 1, ``[B, H or 1]``."""
+        """Sum of the weights of ``count`` tokens, the latest weighing 1: ``[B, H or 1, G]``."""
+        count = count[:, None, None]
         if self.slopes is None:
-            return count[:, None].float()
+            return count.float()
         slopes = self.slopes.double()
-        mass = torch.expm1(-slopes * count[:, None]) / torch.expm1(-slopes)
+        mass = torch.expm1(-slopes * count) / torch.expm1(-slopes)
         return mass.float()
 
     def _write(self, slot: int, key: Tensor, value: Tensor) -> None:
@@ -283,7 +286,7 @@ class HeadStore:
         self.dropped = self.dropped + joins
         if self.compensate:
             mass = self._mass(self.dropped).clamp(min=1.0)
-            share = (joins[:, None] / mass)[..., None, None]
+            share = (joins[:, None, None] / mass)[..., None]
             self.mean_key += (key.float() - self.mean_key) * share
             self.mean_value += (value.float() - self.mean_value) * share
 
@@ -345,9 +348,8 @@ class HeadStore:
         if self.compensate:
             decay = old_mass
             if self.slopes is not None:
-                decay = old_mass * (-self.slopes * added[:, None]).exp()
-            shape = decay[..., None, None]
-            sums = [self.mean_key * shape, self.mean_value * shape]
+                decay = old_mass * (-self.slopes * added[:, None, None]).exp()
+            sums = [self.mean_key * decay[..., None], self.mean_value * decay[..., None]]
         for begin in range(low, high, _CHUNK):
             columns = torch.arange(begin, min(begin + _CHUNK, high), device=key.device)
             leaving = (columns >= before[:, None]) & (columns < start[:, None])
@@ -355,14 +357,14 @@ class HeadStore:
             part = slice(begin - first, begin - first + len(columns))
             self._fill_sinks(key[:, :, part], value[:, :, part], rank, leaving)
             if sums is not None:
-                weight = (leaving & (rank >= self.sink_size))[:, None].float()
+                weight = (leaving & (rank >= self.sink_size))[:, None, None].float()
                 if self.slopes is not None:
                     distance = (newest[:, None] - columns).clamp(min=0)
-                    weight = weight * (-self.slopes[:, None] * distance[:, None]).exp()
-                sums[0] += weight[:, :, None] @ key[:, :, part].float()
-                sums[1] += weight[:, :, None] @ value[:, :, part].float()
+                    weight = weight * (-self.slopes[..., None] * distance[:, None, None]).exp()
+                sums[0] += weight @ key[:, :, part].float()
+                sums[1] += weight @ value[:, :, part].float()
         if sums is not None:
-            mass = self._mass(self.dropped).clamp(min=1.0)[..., None, None]
+            mass = self._mass(self.dropped).clamp(min=1.0)[..., None]
             self.mean_key, self.mean_value = sums[0] / mass, sums[1] / mass
 
     def _fill_sinks(self, key: Tensor, value: Tensor, rank: Tensor, leaving: Tensor) -> None:
