@@ -159,12 +159,14 @@ class PartFile:
     def _reopen(self, sidecar: Path, *, begun: bool) -> None:
         """Take up the streams where :meth:`save_state` left them."""
         if begun:
-            self._file = self.path.open("r+b")
+            self._file = self._without_header(self.path.open("r+b"))
             end = HEADER_ROOM + self._ends[8]
             if self._file.seek(0, os.SEEK_END) < end:
                 raise CheckpointError(f"{self.path} is shorter than the {end} bytes it had")
             self._file.truncate(end)
             self._file.seek(end)
+        else:
+            self.path.unlink(missing_ok=True)  # begun after the state was saved
         offset = 0
         for size, end in self._ends.items():
             if end and not (size == 8 and begun):
@@ -226,6 +228,19 @@ class PartFile:
                 second.close()
             raise
         first.close()
+        return second
+
+    def _without_header(self, file: IO[bytes]) -> IO[bytes]:
+        """Undo :meth:`_move_behind`, if it came after the state was saved."""
+        header = 8 + int.from_bytes(file.read(8), "little")
+        if header <= HEADER_ROOM:
+            return file
+        second = self._create(self._second_path)
+        file.seek(header)
+        second.seek(HEADER_ROOM)
+        shutil.copyfileobj(file, second, _COPY_BYTES)
+        file.close()
+        self._second_path.replace(self.path)
         return second
 
     @staticmethod
