@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated
 
 import typer
 
 from slim_ptq.__about__ import __version__
+from slim_ptq.commands.evaluate import evaluate
+from slim_ptq.commands.options import (
+    AsJson,
+    Calib,
+    Device,
+    FormatName,
+    Length,
+    Method,
+    Model,
+    Output,
+    Overwrite,
+    RecipeFile,
+    Samples,
+    Scheme,
+    Text,
+    Trust,
+    quiet_loading,
+    show_errors,
+)
 
 app = typer.Typer(
     help="Quantize Hugging Face language models for Ascend and other engines.",
@@ -19,39 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[Path, typer.Argument(help="Model directory: config.json and weights.")]
-Scheme = Annotated[
-    Optional[str],  # noqa: UP045  (typer reads the annotation at run time, on Python 3.10 too)
-    typer.Option(help="w8a8 (default), w8a8_dynamic, w8a16, w8a16_g128, w8a16_asym."),
-]
-RecipeFile = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="YAML or JSON recipe, in the place of --scheme and --format."),
-]
-Method = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="How weights are quantized: minmax (default) or another method by name."),
-]
-FormatName = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--format", help="ascend_v1 (default), safe_tensor or float."),
-]
-Calib = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Calibration file: .jsonl (text, messages, input_ids) or plain text."),
-]
-Samples = Annotated[int, typer.Option(help="At most so many calibration windows.")]
-Length = Annotated[int, typer.Option(help="Tokens of a calibration window.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda:0, npu:0.")]
-Text = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--eval", help="Text file on which perplexity is measured before and after."),
-]
-Trust = Annotated[bool, typer.Option(help="Run model code that lies in the model directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an output that is there.")]
-Output = Annotated[Path, typer.Argument(help="Directory to make.")]
 
 
 def _version(asked: bool) -> None:
@@ -70,7 +53,7 @@ def options(
     """Quantize Hugging Face language models for Ascend and other engines."""
     from slim_core.logging import set_logger_level
 
-    with _errors():
+    with show_errors():
         set_logger_level(log_level)
 
 
@@ -92,7 +75,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into the directory OUTPUT."""
-    with _errors(), _quiet_loading():
+    with show_errors(), quiet_loading():
         from slim_ptq.api import quantize as run
 
         report = run(
@@ -133,7 +116,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would be done to each layer of MODEL, from headers alone."""
-    with _errors():
+    with show_errors():
         from slim_ptq.prepare import prepare
 
         job = prepare(
@@ -162,7 +145,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read a quantized checkpoint again and check what inference engines rely on."""
-    with _errors():
+    with show_errors():
         from slim_core.verify import verify_checkpoint
 
         found = verify_checkpoint(directory)
@@ -178,76 +161,23 @@ def verify(
 
 
 @app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Float or quantized model directory.")],
-    text: Annotated[Path, typer.Argument(help="Text file.")],
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    device: Device = "cpu",
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the perplexity of MODEL on TEXT."""
-    with _errors(), _quiet_loading():
-        from slim_ptq.quality import evaluate_text
-
-        found = evaluate_text(
-            model, text, window=window, device=device, trust_remote_code=trust_remote_code
-        )
-        if as_json:
-            typer.echo(json.dumps({"perplexity": found.value, "tokens": found.tokens}))
-        else:
-            typer.echo(f"perplexity {found.value:.4f} on {found.tokens} tokens of {text.name}")
-
-
-@app.command()
 def dequantize(
     directory: Annotated[Path, typer.Argument(help="Quantized checkpoint.")],
     output: Output,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a quantized checkpoint back into an ordinary float one."""
-    with _errors():
+    with show_errors():
         from slim_ptq.dequantizing import dequantize as run
 
         run(directory, output, overwrite=overwrite)
         typer.echo(f"written to {output}")
 
 
+app.command()(evaluate)
+app.command("eval", hidden=True)(evaluate)  # the short name
+
+
 def main() -> None:
     """Entry point of the ``slim-ptq`` command."""
     app()
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence the bars that transformers prints for every model it loads."""
-    import transformers.utils.logging
-
-    logging: Any = transformers.utils.logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Print errors that a user can act on, and exit with 2 for mistakes, 1 for failures."""
-    from slim_core.errors import InvalidTypeError, InvalidValueError, OutputExistsError, SlimError
-
-    try:
-        yield
-    except SlimError as error:
-        typer.echo(f"error: {error}", err=True)
-        mistakes = (InvalidTypeError, InvalidValueError, OutputExistsError)
-        sys.exit(2 if isinstance(error, mistakes) else 1)
-    except OSError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)

@@ -108,7 +108,7 @@ def perplexity(
     _check_model_limits(model, ids, window)
     windows = [part for part in torch.split(ids, window) if len(part) > 1]
     total, tokens, done = 0.0, 0, 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in track(_batches(windows, batch_size), "perplexity"):
             losses = _token_losses(_forward(model, batch), batch)
             _check_finite(losses, done, window)
@@ -157,7 +157,7 @@ def _check_model_limits(model: Callable[..., Any], ids: torch.Tensor, window: in
 
 
 @contextlib.contextmanager
-def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
+def evaluating(model: Callable[..., Any]) -> Iterator[None]:
     """Switch every module to evaluation mode, and those that were training back."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     training = [module for module in modules if module.training]
@@ -183,7 +183,7 @@ def _forward(model: Callable[..., Any], batch: torch.Tensor) -> torch.Tensor:
     """Return the logits, shape (batch, length, vocabulary), on the device of the model."""
     options: dict[str, Any] = {}
     if isinstance(model, torch.nn.Module):
-        batch = batch.to(_device(model))
+        batch = batch.to(input_device(model))
         if "use_cache" in inspect.signature(model.forward).parameters:
             options["use_cache"] = False
     output = model(batch, **options)
@@ -196,7 +196,7 @@ def _forward(model: Callable[..., Any], batch: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _device(model: torch.nn.Module) -> torch.device:
+def input_device(model: torch.nn.Module) -> torch.device:
     """Return the device that takes the input: that of the first parameter that has one."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

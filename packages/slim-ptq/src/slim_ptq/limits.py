@@ -14,11 +14,16 @@ _log = get_logger("ptq")
 
 def within_positions(length: int, config: Mapping[str, Any]) -> int:
     """Return the length of windows, cut to the number of positions that a model knows."""
-    positions = _setting(config, "max_position_embeddings", "n_positions")
-    if positions is None or length <= positions:
+    known = positions(config)
+    if known is None or length <= known:
         return length
-    _log.info("windows have %d tokens, more the model cannot place", positions)
-    return positions
+    _log.info("windows have %d tokens, more the model cannot place", known)
+    return known
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a model knows, None if its configuration has no limit."""
+    return _setting(config, "max_position_embeddings", "n_positions")
 
 
 def check_tokens(data: CalibrationData, config: Mapping[str, Any]) -> None:

@@ -77,7 +77,9 @@ def read_calibration(
     ----------
     path : path
         ``.jsonl`` with ``{"text": ...}``, ``{"messages": [...]}`` (put through the chat template
-        of the tokenizer) or ``{"input_ids": [...]}`` a line, or any other file as plain text.
+        of the tokenizer) or ``{"input_ids": [...]}`` a line, ``.json`` with the configuration or
+        the samples of a mixture (:class:`slim_ptq.mixing.CalibrationData`), or any other file as
+        plain text.
     model_dir : Path
         Where the tokenizer is; not needed for ``input_ids``.
     samples, length : int
@@ -96,8 +98,12 @@ def read_calibration(
         check_int(name, value, low=1)
     if file.suffix == ".jsonl":
         documents = list(_read_jsonl(file))
+    elif file.suffix == ".json":
+        from slim_ptq.mixing import read_mixture  # which reads files with what is defined here
+
+        documents = read_mixture(file)
     else:
-        text = _decode(file)
+        text = decode(file)
         documents = [Document(str(file), text=text)] if text else []
     if not documents:
         raise CalibrationError(f"{file} is empty")
@@ -165,20 +171,34 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise MissingDependencyError(f"the tokenizer of {model_dir} fails: {what}") from error
 
 
-def _read_jsonl(file: Path) -> Iterator[Document]:
+def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the JSON object of each line that is not blank, with its place for messages.
+
+    Raises
+    ------
+    CalibrationError
+        The file is not UTF-8, or a line is no JSON object; names the line.
+    """
     # Not splitlines: JSON text may hold the line separators of Unicode as they are.
-    for number, line in enumerate(_decode(file).split("\n"), 1):
-        if line.strip():
-            yield _parse(line, f"{file}, line {number}")
+    for number, line in enumerate(decode(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where}: not JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise CalibrationError(f"{where}: must be a JSON object, not {type(value).__name__}")
+        yield where, value
 
 
-def _parse(line: str, where: str) -> Document:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CalibrationError(f"{where}: must be a JSON object, not {type(value).__name__}")
+def _read_jsonl(file: Path) -> Iterator[Document]:
+    for where, value in read_json_lines(file):
+        yield _document(value, where)
+
+
+def _document(value: dict[str, Any], where: str) -> Document:
     given = {key: value[key] for key in _CHECKS if value.get(key)}
     if not given:
         raise CalibrationError(f"{where}: must have one of {', '.join(_CHECKS)}, and not empty")
@@ -208,7 +228,8 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _decode(file: Path) -> str:
+def decode(file: Path) -> str:
+    """Return the text of a UTF-8 file, or raise a CalibrationError that names it."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,0 +1,91 @@
+"""What the commands share: their options, and how errors are shown.
+
+Only the standard library and typer are imported here, so ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+Model = Annotated[Path, typer.Argument(help="Model directory: config.json and weights.")]
+Scheme = Annotated[
+    Optional[str],  # noqa: UP045  (typer reads the annotation at run time, on Python 3.10 too)
+    typer.Option(help="w8a8 (default), w8a8_dynamic, w8a16, w8a16_g128, w8a16_asym."),
+]
+RecipeFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="YAML or JSON recipe, in the place of --scheme and --format."),
+]
+Method = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="How weights are quantized: minmax (default) or another method by name."),
+]
+FormatName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--format", help="ascend_v1 (default), safe_tensor or float."),
+]
+Calib = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="Calibration file: .jsonl (text, messages, input_ids), .json (mixture) or plain text."
+    ),
+]
+Samples = Annotated[int, typer.Option(help="At most so many calibration windows.")]
+Length = Annotated[int, typer.Option(help="Tokens of a calibration window.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda:0, npu:0.")]
+Text = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--eval", help="Text file on which perplexity is measured before and after."),
+]
+Trust = Annotated[bool, typer.Option(help="Run model code that lies in the model directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an output that is there.")]
+Task = Annotated[str, typer.Option(help="perplexity, boolq, ceval, mmlu, gsm8k or truthfulqa.")]
+Shot = Annotated[int, typer.Option(help="Examples before each question of ceval and mmlu.")]
+Questions = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="At most so many questions, the first ones."),
+]
+Batch = Annotated[int, typer.Option(help="Sequences that run at once.")]
+Output = Annotated[Path, typer.Argument(help="Directory to make.")]
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the bars that transformers prints for every model it loads."""
+    import transformers.utils.logging
+
+    logging: Any = transformers.utils.logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def show_errors() -> Iterator[None]:
+    """Print errors that a user can act on, and exit with 2 for mistakes, 1 for failures."""
+    from slim_core.errors import InvalidTypeError, InvalidValueError, OutputExistsError, SlimError
+
+    try:
+        yield
+    except SlimError as error:
+        typer.echo(f"error: {error}", err=True)
+        mistakes = (InvalidTypeError, InvalidValueError, OutputExistsError)
+        sys.exit(2 if isinstance(error, mistakes) else 1)
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
