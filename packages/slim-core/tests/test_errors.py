@@ -20,6 +20,7 @@ BUILT_IN = {
     "FileSecurityError": ValueError,
     "OutputExistsError": FileExistsError,
     "DeviceError": RuntimeError,
+    "ResumeError": RuntimeError,
     "MissingDependencyError": ImportError,
 }
 

@@ -17,6 +17,7 @@ Python user would expect, so ``except ValueError`` keeps working::
     ├── StructureError         (ValueError)      a model whose structure is not understood
     ├── FileSecurityError      (ValueError)      a path that is unsafe to read or to write
     ├── OutputExistsError      (FileExistsError) an output that would be overwritten
+    ├── ResumeError            (RuntimeError)    an interrupted run that cannot be taken up again
     ├── DeviceError            (RuntimeError)    a device that is not there
     └── MissingDependencyError (ModuleNotFoundError) an optional package that is not installed
 """
@@ -104,6 +105,10 @@ class FileSecurityError(SlimError, ValueError):
 
 class OutputExistsError(SlimError, FileExistsError):
     """The output is there already and would be overwritten."""
+
+
+class ResumeError(SlimError, RuntimeError):
+    """An interrupted run cannot be taken up again: it was another one, or is damaged."""
 
 
 class DeviceError(SlimError, RuntimeError):

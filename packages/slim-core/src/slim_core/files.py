@@ -176,7 +176,7 @@ def staged_dir(path: PathLike, *, overwrite: bool = False, mode: int = MODE_DIR)
         yield temporary
         temporary.chmod(mode)
         sync_dir(temporary)
-        _swap_in(temporary, final)
+        swap_in(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -248,8 +248,8 @@ def _beside(final: Path, suffix: str) -> Path:
     return final.with_name(f".{final.name[:60]}.{secrets.token_hex(4)}.{suffix}")
 
 
-def _swap_in(temporary: Path, final: Path) -> None:
-    """Rename ``temporary`` to ``final``; what stood there is put back if that fails."""
+def swap_in(temporary: Path, final: Path) -> None:
+    """Rename a directory to ``final``; what stood there goes, or is put back if that fails."""
     if not final.exists():
         temporary.rename(final)
         return
