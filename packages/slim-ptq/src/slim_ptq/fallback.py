@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from slim_core.groups import group_by
 from slim_core.logging import get_logger
 from slim_ptq.calibration.samples import Sample, feed
-from slim_ptq.observers import SpreadObserver
+from slim_ptq.observers import InputScore, SpreadObserver
 
 _log = get_logger("ptq")
 
@@ -22,22 +22,32 @@ def measure_spread(
     model: nn.Module, linears: Mapping[str, nn.Module], samples: Sequence[Sample]
 ) -> dict[str, float]:
     """Return magnitude over spread of the input of each layer, on the first samples."""
-    observers = {name: SpreadObserver() for name in linears}
+    return measure_inputs(model, linears, samples[:SAMPLES], SpreadObserver)
+
+
+def measure_inputs(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    samples: Sequence[Sample],
+    make: Callable[[], InputScore],
+) -> dict[str, float]:
+    """Return a measure of the input of each layer, by name; :func:`make` gives a new one."""
+    scores = {name: make() for name in linears}
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            observers[name].update(inputs[0])
+            scores[name].update(inputs[0])
 
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
     try:
-        for _ in feed(model, samples[:SAMPLES], "Ranking layers"):
+        for _ in feed(model, samples, "Ranking layers"):
             pass
     finally:
         for handle in handles:
             handle.remove()
-    return {name: observer.value() for name, observer in observers.items()}
+    return {name: score.value() for name, score in scores.items()}
 
 
 def choose_fallback(

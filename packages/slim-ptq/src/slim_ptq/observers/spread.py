@@ -6,8 +6,10 @@ import math
 
 import torch
 
+from slim_ptq.observers.score import InputScore
 
-class SpreadObserver:
+
+class SpreadObserver(InputScore):
     """Largest magnitude over standard deviation of the input of a layer.
 
     The standard deviation is taken after each channel is shifted by the sum of its extremes in the
@@ -27,11 +29,6 @@ class SpreadObserver:
         low, high = torch.aminmax(values, dim=0)
         self._peak = max(self._peak, float(high.max().abs()), float(low.min().abs()))
         self._std = max(self._std, float((values - (low + high)).std()))
-
-    def update_rows(self, x: torch.Tensor) -> None:
-        """Take in each entry of the first axis as a sample of its own."""
-        for row in x:
-            self.update(row)
 
     def value(self) -> float:
         """Return the ratio; 0 if no sample came, infinite if all elements were equal."""

@@ -29,6 +29,7 @@ from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.inventory import Inventory
 from slim_ptq.observers import SpreadObserver
 from slim_ptq.pipeline.blocks import BlockRunner
+from slim_ptq.pipeline.inputs import by_block, score_inputs
 from slim_ptq.pipeline.quantizing import float_report, output_error, quantize_layer, write_layer
 from slim_ptq.pipeline.smoothing import smooth_block
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
@@ -76,19 +77,8 @@ def plan_with_fallback(
     device: torch.device,
 ) -> Plan:
     """Return the plan with the layers of the most extreme inputs left in floating point."""
-    runner = BlockRunner(checkpoint, inventory, data.head(SAMPLES), device)
-    local_layers = _by_block(inventory, plan)
-    spread: dict[str, float] = {}
-    for index in track(range(len(runner)), "Ranking layers"):
-        layers = local_layers[inventory.blocks[index]]
-        observers = {local: SpreadObserver() for local in layers}
-        with runner.loaded(index) as block:
-            watches = {
-                name: lambda x, seen=seen: seen.update_rows(x) if x.ndim == 3 else seen.update(x)
-                for name, seen in observers.items()
-            }
-            runner.advance(block, index, watches)
-        spread.update({layers[local].name: seen.value() for local, seen in observers.items()})
+    head = data.head(SAMPLES)
+    spread = score_inputs(checkpoint, inventory, plan, head, device, SpreadObserver)
     floats = frozenset(layer.name for layer in plan.layers if layer.scheme.is_float)
     chosen = set(choose_fallback(spread, count, floats))
     return replace(
@@ -123,7 +113,7 @@ class _Job:
         self._plan = plan
         self._recipe = recipe
         self._export = export
-        self._layers = _by_block(inventory, plan)
+        self._layers = by_block(inventory, plan)
         self._written: set[str] = set()
         self.reports: list[LayerReport] = []
         self.unsmoothed: tuple[str, ...] = ()
@@ -207,13 +197,3 @@ class _Job:
         if stored is None:
             return tensor.to(getattr(torch, self._plan.model_dtype))
         return tensor.to(from_numpy(np.empty(0, stored.dtype)).dtype)
-
-
-def _by_block(inventory: Inventory, plan: Plan) -> dict[str, dict[str, LayerPlan]]:
-    """Return the planned layers of each block by their local module names."""
-    layers: dict[str, dict[str, LayerPlan]] = {block: {} for block in inventory.blocks}
-    for layer in plan.layers:
-        module = inventory.modules[layer.name]
-        block = next(name for name in inventory.blocks if module.startswith(f"{name}."))
-        layers[block][module.removeprefix(f"{block}.")] = layer
-    return layers
