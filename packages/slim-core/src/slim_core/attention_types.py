@@ -9,7 +9,7 @@ both, ``<linear>.k_proj.kv_cache_scale`` and so on.  ``FAQuant`` (int8 queries, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,12 @@ def attention_tensors(description: Mapping[str, Any]) -> frozenset[str]:
         for name, kind in description.items()
         if isinstance(kind, str) and kind in ATTENTION_TYPES and name not in headers
     )
+
+
+def announcements(kinds: Iterable[str]) -> dict[str, str]:
+    """Return what the description of a model with tensors of these types says as a whole."""
+    found = set(kinds)
+    return (C8_KEYS if C8 in found else {}) | (FA_QUANT_KEYS if FA_QUANT in found else {})
 
 
 def read_attention(description: Mapping[str, Any], load: Load) -> StoredAttention:

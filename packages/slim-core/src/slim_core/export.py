@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slim_core.attention_types import announcements
 from slim_core.checkpoint import ShardWriter
 from slim_core.files import write_json
 from slim_core.formats import Format
@@ -86,7 +87,8 @@ class CheckpointExport:
         """Give the weight files their names and write the description."""
         self._writer.close()
         if self._description_file is not None:
-            write_json(self._directory / self._description_file, self._description | self._types)
+            said = self._description | announcements(self._types.values())
+            write_json(self._directory / self._description_file, said | self._types)
 
     def __enter__(self) -> CheckpointExport:
         self._writer.__enter__()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slim_core.attention_types import attention_tensors
 from slim_core.checkpoint import Checkpoint, open_checkpoint
 from slim_core.checkpoint.discover import read_json_object
 from slim_core.errors import CheckpointError, FormatError
@@ -38,6 +39,8 @@ class QuantizedCheckpoint:
     description_file : Path
     layers : dict
         Type of each quantized layer by its name.
+    attention_tensors : frozenset of str
+        Names of the tensors of quantized caches and attention.
 
     Raises
     ------
@@ -58,7 +61,7 @@ class QuantizedCheckpoint:
             and tensor.endswith(".weight")
             and not tensor.endswith(".module.weight")
         }
-
+        self.attention_tensors = attention_tensors(self.description)
         self._by_layer: dict[str, list[str]] = {}
         for tensor in self.checkpoint.tensors:
             self._by_layer.setdefault(tensor.rpartition(".")[0], []).append(tensor)
@@ -98,9 +101,11 @@ class QuantizedCheckpoint:
         return self._by_layer.get(layer, [])
 
     def tensors_of(self, layer: str) -> dict[str, np.ndarray]:
-        """Return the tensors of a layer by their local names."""
+        """Return the tensors of a layer by their local names, without those of its cache."""
         return {
-            name.rpartition(".")[2]: self.checkpoint.load(name) for name in self.tensor_names(layer)
+            name.rpartition(".")[2]: self.checkpoint.load(name)
+            for name in self.tensor_names(layer)
+            if name not in self.attention_tensors
         }
 
     def layer(self, name: str) -> QuantizedLinear:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slim_core.attention_types import read_attention
 from slim_core.errors import SlimError
 from slim_core.files import PathLike
 from slim_core.formats import DESCRIPTION_FILE, decode_deq_scale
@@ -38,6 +39,7 @@ def verify_checkpoint(path: PathLike) -> Verification:
     * dtypes, shapes and value ranges of every tensor of every layer
     * ``deq_scale`` and ``quant_bias`` are those of the codes and scales, bit for bit
     * layers that engines run as one share type and activation parameters
+    * scales and offsets of int8 caches and attention belong together and are announced
     * no NaN or infinity, no ``quantization_config``, no index of other weights
 
     Raises
@@ -61,6 +63,10 @@ def verify_checkpoint(path: PathLike) -> Verification:
             else (float(layer.input_scale[0]), float(layer.input_offset[0]))
         )
     problems += _group_problems(stored, inputs)
+    try:
+        read_attention(stored.description, stored.checkpoint.load)
+    except SlimError as error:
+        problems.append(error.message)
     return Verification(len(stored.layers), len(stored.checkpoint.tensors), tuple(problems))
 
 

@@ -13,6 +13,7 @@ from slim_ptq.__about__ import __version__
 if TYPE_CHECKING:
     from slim_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
     from slim_ptq.api import quantize
+    from slim_ptq.attention import FAQuantizer
     from slim_ptq.calibrator import Calibrator
     from slim_ptq.config import QuantConfig
     from slim_ptq.dequantizing import dequantize
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AntiOutlier": "slim_ptq.anti_outlier",
     "AntiOutlierConfig": "slim_ptq.anti_outlier",
+    "FAQuantizer": "slim_ptq.attention",
     "Calibrator": "slim_ptq.calibrator",
     "FakeQuantizeCalibrator": "slim_ptq.fake_quantize",
     "QuantConfig": "slim_ptq.config",
@@ -37,6 +39,7 @@ __all__ = [
     "AntiOutlier",
     "AntiOutlierConfig",
     "Calibrator",
+    "FAQuantizer",
     "FakeQuantizeCalibrator",
     "QuantConfig",
     "__version__",

@@ -26,6 +26,7 @@ from slim_core.progress import track
 from slim_core.recipe import ObserverKind
 from slim_core.scheme import FLOAT, QuantScheme
 from slim_core.validate import check_type
+from slim_ptq.attention.model_attention import ModelAttention
 from slim_ptq.calibration.observed import ObservedLinear
 from slim_ptq.calibration.samples import check_samples, feed
 from slim_ptq.config import QuantConfig
@@ -117,6 +118,9 @@ class Calibrator:
                 "calib_data is empty, and static activation quantization needs samples",
                 hint="pass calib_data, or use is_dynamic=True or a_bit=16",
             )
+        self._attention = ModelAttention(
+            model, cfg, self._linears, self._samples, self._disabled_names()
+        )
 
     def run(self, int_infer: bool = False) -> None:
         """Quantize; afterwards the model holds quantized layers and still generates text.
@@ -137,9 +141,12 @@ class Calibrator:
         if self._done:
             raise InvalidValueError("the model is quantized already")
         try:
+            self._attention.measure()
             with torch.no_grad():
                 self._quantize()
+                self._attention.emulate()
         except BaseException:
+            self._attention.undo()
             for name, linear in self._linears.items():  # the model is what it was before
                 self._put(name, linear)
             raise
@@ -190,8 +197,7 @@ class Calibrator:
         """Return the scheme of every linear layer."""
         names = list(self._linears)
         others = _other_names(self.model)
-        disabled = match_all("disable_names", self.cfg.disable_names, names + others)
-        floats = {name for hits in disabled.values() for name in hits}
+        floats = self._disabled_names()
         if self.cfg.disable_last_linear:
             floats.add(names[-1])
         if level and self._samples:
@@ -204,6 +210,12 @@ class Calibrator:
             name: FLOAT if name in floats else mixed.get(name) or self._default(name)
             for name in names
         }
+
+    def _disabled_names(self) -> set[str]:
+        """Return the linear layers and other modules that disable_names matches."""
+        names = [*self._linears, *_other_names(self.model)]
+        disabled = match_all("disable_names", self.cfg.disable_names, names)
+        return {name for hits in disabled.values() for name in hits}
 
     def _check_shapes(self) -> None:
         """Require that every layer can be held by the formats: group sizes divide."""

@@ -83,6 +83,10 @@ class QuantConfig:
     disable_last_linear: bool
     group_size: int
     model_quant_type: str
+    use_kvcache_quant: bool
+    kv_sym: bool
+    use_fa_quant: bool
+    fa_amp: int
 
     def __init__(
         self,
@@ -112,7 +116,12 @@ class QuantConfig:
         pdmix: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
-        self._given: dict[str, Any] = given | {"use_fa_quant": False, "tp_size": None}
+        self._given: dict[str, Any] = given | {
+            "kv_sym": True,
+            "use_fa_quant": False,
+            "fa_amp": 0,
+            "tp_size": None,
+        }
         self._derive()
 
     # The builders of the classic interface: each sets parameters and checks everything again.

@@ -63,7 +63,7 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
     kind = config.model_quant_type
     wanted = [
         name
-        for name in ("use_kvcache_quant", "use_fa_quant", "tp_size", "do_smooth", "pdmix")
+        for name in ("tp_size", "do_smooth", "pdmix")
         if getattr(config, name)
     ]
     if kind not in AVAILABLE or config.w_method != "MinMax" or wanted:

@@ -36,7 +36,8 @@ def dequantize(path: PathLike, output: PathLike, *, overwrite: bool = False) -> 
     for name in extras:
         if name.endswith(".bias") and stored.checkpoint.load(name).any():
             raise FormatError(f"{name} shifts a norm, which the float model has no place for")
-    done = {name for layer in stored.layers for name in stored.tensor_names(layer)} | extras
+    done = {name for layer in stored.layers for name in stored.tensor_names(layer)}
+    done |= extras | stored.attention_tensors
     transposed = transposed_names(stored.checkpoint)
     with staged_dir(target, overwrite=overwrite) as staging:
         with CheckpointExport(staging, FORMATS["float"], model_type="FLOAT") as export:

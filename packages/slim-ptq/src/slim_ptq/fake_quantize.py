@@ -13,6 +13,7 @@ from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.formats import FORMATS
 from slim_core.quantized import scheme_of
 from slim_core.validate import check_choice, check_int, check_type
+from slim_ptq.attention.restore import restore_attention
 from slim_ptq.config_rules import DEVICE_TYPES
 from slim_ptq.devices import torch_device
 from slim_ptq.load import as_torch
@@ -91,6 +92,13 @@ class FakeQuantizeCalibrator:
             if kind != "FLOAT":
                 self._put(path, name, kind, layers.get(name, {}), device)
         self._load_floats(rename, description, safetensor)
+        restore_attention(
+            self.model,
+            description,
+            lambda name: to_numpy(safetensor[name]),
+            {name: path for path, name in linears.items()},
+            rename,
+        )
 
     def _put(
         self,

@@ -11,6 +11,7 @@ from slim_core.errors import CheckpointError, StructureError
 from slim_core.files import PathLike, as_path
 from slim_core.layers import QuantizedLinear
 from slim_core.quantized import QuantizedCheckpoint, is_quantized
+from slim_ptq.attention.restore import restore_attention
 from slim_ptq.devices import torch_device
 from slim_ptq.loading import empty_model, load_parameters
 from slim_ptq.modules import FakeQuantLinear, on_device
@@ -62,8 +63,10 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
     native: torch.dtype = getattr(torch, stored.model_dtype)
     dtype = torch.float32 if device.type == "cpu" else native
     left = dict(stored.layers)
+    linears: dict[str, str] = {}
     for path in find_linears(model):
         name = rename(f"{path}.weight").removesuffix(".weight")
+        linears[name] = path
         if left.pop(name, None) is not None:
             layer = on_device(as_torch(stored.layer(name)), device)
             parent, _, leaf = path.rpartition(".")
@@ -85,7 +88,9 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
             )
     model.tie_weights()
     model.config.use_cache = True
-    return model.eval()
+    model.eval()
+    restore_attention(model, stored.description, stored.checkpoint.load, linears, rename)
+    return model
 
 
 def as_torch(layer: QuantizedLinear) -> QuantizedLinear:

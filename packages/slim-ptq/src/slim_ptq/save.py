@@ -18,6 +18,7 @@ from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
 from slim_core.quantized import ADDED_NORM_BIAS
 from slim_core.validate import check_choice, check_int, check_str_list, check_type
+from slim_ptq.attention.names import attention_tensors
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.tensors import from_numpy, to_numpy
 from slim_ptq.transforms import smoothed_norms
@@ -149,6 +150,8 @@ def _export(
             export.add_float(item.name, to_numpy(item.tensor), kind)
             if item.is_added:
                 added.append(item.name)
+    for name, tensor, kind in attention_tensors(model, rename):
+        export.add_float(name, to_numpy(tensor), kind)
     if added and not copies:
         export.describe("metadata", {ADDED_NORM_BIAS: added})
 
@@ -162,6 +165,9 @@ def _save_npy(model: nn.Module, rename: Callable[[str], str], directory: Path) -
         elif item.tensor is not None:
             layer, _, local = item.name.rpartition(".")
             writer.add(layer, {local: to_numpy(item.tensor)})
+    for name, tensor, _ in attention_tensors(model, rename):
+        layer, _, local = name.rpartition(".")
+        writer.add(layer, {local: to_numpy(tensor)})
     writer.close()
 
 

@@ -28,6 +28,7 @@ _FILES = {
     "deq_scale": "deq_scale",
     "bias": "fp_bias",
 }
+_HEADS = (".fa_q", ".fa_k", ".fa_v")
 
 
 class NpyWriter:
@@ -51,6 +52,10 @@ class NpyWriter:
         for local, array in tensors.items():
             if layer.endswith("norm") and local in ("weight", "bias"):
                 self._put("anti_fp_norm", f"{layer}.{local}", array)
+            elif local.startswith("kv_cache_"):
+                self._put(local, f"{layer}.{local}", array)
+            elif layer.endswith(_HEADS):
+                self._put(f"fa_quant_{local}", f"{layer}.{local}", array)
             elif local in _FILES:
                 self._put(_FILES[local], layer, array)
             else:

@@ -120,6 +120,11 @@ class FAQuantizer(nn.Module):
         self.mode = Mode.OBSERVE
         self._clear()
 
+    def idle(self) -> None:
+        """Hand states on unchanged from here on."""
+        self.mode = Mode.IDLE
+        self._clear()
+
     def params(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return scale and offset of each of ``q``, ``k``, ``v`` that was observed."""
         return {part: self._ranges[part].params() for part in STATES}

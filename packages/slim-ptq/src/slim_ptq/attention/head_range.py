@@ -43,7 +43,8 @@ class HeadRange:
 
     def params(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale ``max(|low|, |high|) / 127`` and offset 0, float32, shape (heads, 1)."""
-        assert self._low is not None and self._high is not None  # narrowing: callers check heads
+        assert self._low is not None  # narrowing: callers look at heads first
+        assert self._high is not None
         return affine_params(self._low[:, None], self._high[:, None], _SCHEME)
 
 

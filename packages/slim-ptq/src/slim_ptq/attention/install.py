@@ -50,7 +50,7 @@ def install_quantizers(
     """
     own = find_quantizers(root)
     found: dict[str, FAQuantizer] = {}
-    for name, module in _attentions(root, tuple(blocks)).items():
+    for name, module in attention_modules(root, blocks).items():
         if name in disabled:
             continue
         if name in own:
@@ -86,7 +86,7 @@ def check_called(quantizers: dict[str, FAQuantizer]) -> None:
         )
 
 
-def _attentions(root: nn.Module, blocks: tuple[str, ...]) -> dict[str, nn.Module]:
+def attention_modules(root: nn.Module, blocks: Iterable[str]) -> dict[str, nn.Module]:
     """Return the innermost modules of the blocks that hold a quantizer or are called attention."""
     found: dict[str, nn.Module] = {}
     for block in blocks:

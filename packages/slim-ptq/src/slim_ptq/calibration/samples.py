@@ -51,23 +51,38 @@ def feed(model: nn.Module, samples: Sequence[Sample], description: str) -> Itera
     CalibrationError
         The model does not take the sample: a wrong argument, a token that it does not know.
     """
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
     for index, given in enumerate(track(samples, description)):
-        sample = named_sample(model, given)
-        try:
-            with torch.no_grad():
-                if isinstance(sample, dict):
-                    model(**{key: _to(value, device) for key, value in sample.items()})
-                else:
-                    model(*(_to(value, device) for value in sample))
-        except SlimError:
-            raise
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CalibrationError(
-                f"calib_data[{index}]: {type(model).__name__} cannot run on it: {error}",
-                hint="a list is called as model(*sample), a dict as model(**sample)",
-            ) from error
+        with torch.no_grad():
+            run_sample(model, index, given)
         yield index
+
+
+def run_sample(model: nn.Module, index: int, given: Sample) -> None:
+    """Call the model on the sample of a number; :func:`feed` without gradients switched off."""
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    sample = named_sample(model, given)
+    try:
+        if isinstance(sample, dict):
+            model(**{key: _to(value, device) for key, value in sample.items()})
+        else:
+            model(*(_to(value, device) for value in sample))
+    except SlimError:
+        raise
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CalibrationError(
+            f"calib_data[{index}]: {type(model).__name__} cannot run on it: {error}",
+            hint="a list is called as model(*sample), a dict as model(**sample)",
+        ) from error
+
+
+def shortest(samples: Sequence[Sample]) -> tuple[int, Sample]:
+    """Return the number of the sample with the fewest elements, and the sample."""
+    return min(enumerate(samples), key=lambda item: _elements(item[1]))
+
+
+def _elements(sample: Sample) -> int:
+    items = sample.values() if isinstance(sample, dict) else sample
+    return sum(item.numel() for item in items if isinstance(item, torch.Tensor))
 
 
 def _to(value: Any, device: torch.device) -> Any:
