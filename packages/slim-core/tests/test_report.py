@@ -15,7 +15,7 @@ from rich.console import Console
 
 from slim_core.errors import CheckpointError, InvalidTypeError, InvalidValueError
 from slim_core.report import HTML_FILE, JSON_FILE, LayerReport, Report
-from slim_core.report_chart import ErrorChart, axis, kinds_of
+from slim_core.report_chart import BarChart, axis, kinds_of
 from slim_core.report_console import print_report
 from slim_core.report_html import render_html
 from slim_core.report_text import (
@@ -398,12 +398,12 @@ def test_errors_that_have_no_height(error):
 
 
 def test_many_kinds_of_layers_share_the_last_colour():
-    layers = [layer(f"block.0.kind{i}") for i in range(12)] + [layer("block.1.kind11")]
-    kinds = kinds_of(layers)
+    names = [*(f"block.0.kind{i}" for i in range(12)), "block.1.kind11"]
+    kinds = kinds_of(names)
     assert len(kinds) == 9
     assert kinds["other"] == 8
     assert "kind11" in kinds
-    chart = ET.fromstring(ErrorChart("t", [0.1] * 13).render(layers, kinds))
+    chart = ET.fromstring(BarChart("t", [0.1] * 13).render(names, kinds, names))
     assert sum(bar.get("class") == "k8" for bar in chart.findall("rect")) == 4
 
 

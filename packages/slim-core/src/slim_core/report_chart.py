@@ -1,16 +1,13 @@
-"""The bar chart of the HTML report, drawn as inline SVG."""
+"""The bar chart of the HTML pages, drawn as inline SVG."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-
-from slim_core.report import LayerReport
-from slim_core.report_text import format_error
 
 OTHER = "other"
 
@@ -21,9 +18,9 @@ _LABELS = 16  # block numbers on the horizontal axis, at most
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-def kinds_of(layers: Sequence[LayerReport]) -> dict[str, int]:
+def kinds_of(names: Sequence[str]) -> dict[str, int]:
     """Return the colour of each kind of layer: the last part of its name, the commonest first."""
-    counts = Counter(kind(layer) for layer in layers)
+    counts = Counter(kind(name) for name in names)
     if len(counts) <= _KINDS:
         return {name: index for index, name in enumerate(counts)}
     common = {name for name, _ in counts.most_common(_KINDS)}
@@ -31,27 +28,50 @@ def kinds_of(layers: Sequence[LayerReport]) -> dict[str, int]:
     return named | {OTHER: _KINDS}
 
 
-def kind(layer: LayerReport) -> str:
-    """Return the last part of the name."""
-    return layer.name.rpartition(".")[2]
+def kind(name: str) -> str:
+    """Return the last part of the name of a layer."""
+    return name.rpartition(".")[2]
+
+
+def legend(kinds: Mapping[str, int]) -> str:
+    """Return the legend of the colours as HTML."""
+    keys = "".join(
+        f"<span class=key><i class=k{index}></i>{escape(kind)}</span>"
+        for kind, index in sorted(kinds.items(), key=lambda item: item[1])
+    )
+    return f"<p class=legend>{keys}</p>"
+
+
+def percent(value: float) -> str:
+    """Return the label of a line of the axis for relative errors."""
+    return f"{100 * value:.6g} %"
 
 
 @dataclass(frozen=True)
-class ErrorChart:
-    """Vertical bars, one a layer; a value of None leaves a gap."""
+class BarChart:
+    """Vertical bars, one a layer; a value of None leaves a gap.
+
+    Parameters
+    ----------
+    title : str
+    values : sequence of float or None
+    tick : callable
+        From a value to its label on the axis.
+    """
 
     title: str
-    errors: Sequence[float | None]
+    values: Sequence[float | None]
+    tick: Callable[[float], str] = percent
 
-    def render(self, layers: Sequence[LayerReport], kinds: Mapping[str, int]) -> str:
-        """Return the SVG; ``layers`` name the bars and ``kinds`` colour them."""
-        top, step = axis(max((e for e in self.errors if e and math.isfinite(e)), default=0.0))
+    def render(self, names: Sequence[str], kinds: Mapping[str, int], labels: Sequence[str]) -> str:
+        """Return the SVG; ``names`` place the bars, ``kinds`` colour them, ``labels`` explain."""
+        top, step = axis(max((v for v in self.values if v and math.isfinite(v)), default=0.0))
         return (
             f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
             f'aria-label="{escape(self.title)} of each layer">'
             + self._grid(top, step)
-            + "".join(self._bars(layers, kinds, top))
-            + self._blocks(layers)
+            + "".join(self._bars(names, kinds, labels, top))
+            + self._blocks(names)
             + "</svg>"
         )
 
@@ -59,41 +79,40 @@ class ErrorChart:
         lines = []
         for index in range(round(top / step) + 1):
             y = _y(index * step, top)
-            label = f"{100 * index * step:.6g} %"
             lines.append(
                 f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
-                f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+                f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
+                f"{escape(self.tick(index * step))}</text>"
             )
         return "".join(lines)
 
     def _bars(
-        self, layers: Sequence[LayerReport], kinds: Mapping[str, int], top: float
+        self, names: Sequence[str], kinds: Mapping[str, int], labels: Sequence[str], top: float
     ) -> list[str]:
         bars = []
-        slot = _slot(len(layers))
+        slot = _slot(len(names))
         width = max(min(0.78 * slot, 26.0), min(slot, 0.6))
-        for index, (layer, error) in enumerate(zip(layers, self.errors, strict=True)):
-            if error is None:
+        for index, (name, label, value) in enumerate(zip(names, labels, self.values, strict=True)):
+            if value is None:
                 continue
             x = _LEFT + (index + 0.5) * slot - width / 2
-            y = _y(min(error, top) if not math.isnan(error) else top, top)
-            colour = kinds.get(kind(layer), _KINDS)
-            label = escape(f"{layer.name}: {format_error(error)} ({layer.type})")
+            y = _y(min(value, top) if not math.isnan(value) else top, top)
             bars.append(
-                f'<rect class="k{colour}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" '
-                f'height="{_y(0, top) - y:.2f}"><title>{label}</title></rect>'
+                f'<rect class="k{kinds.get(kind(name), _KINDS)}" x="{x:.2f}" y="{y:.2f}" '
+                f'width="{width:.2f}" height="{_y(0, top) - y:.2f}">'
+                f"<title>{escape(label)}</title></rect>"
             )
         return bars
 
-    def _blocks(self, layers: Sequence[LayerReport]) -> str:
+    def _blocks(self, names: Sequence[str]) -> str:
         """Return the numbers of decoder blocks below their first layers."""
         starts: dict[str, int] = {}
-        for index, layer in enumerate(layers):
-            match = _BLOCK.search(layer.name)
+        for index, name in enumerate(names):
+            match = _BLOCK.search(name)
             if match:
                 starts.setdefault(match.group(1), index)
         every = math.ceil(len(starts) / _LABELS) or 1
-        slot = _slot(len(layers))
+        slot = _slot(len(names))
         return "".join(
             f'<text x="{_LEFT + (index + 0.1) * slot:.1f}" y="{_HEIGHT - 5}">'
             f"{'block ' if count == 0 else ''}{block}</text>"

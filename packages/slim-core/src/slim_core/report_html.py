@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from slim_core.report import LayerReport, Report
-from slim_core.report_chart import ErrorChart, kinds_of
+from slim_core.report_chart import BarChart, kinds_of, legend
 from slim_core.report_style import STYLE
 from slim_core.report_text import (
     describe_layers,
@@ -38,6 +38,11 @@ def render_html(report: Report) -> str:
         _facts("Time by stage", {k: format_seconds(v) for k, v in report.seconds.items()}),
         _facts("Provenance", report.provenance),
     ]
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """Return a page of these parts, which are HTML; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -92,20 +97,29 @@ def _charts(report: Report) -> str:
     layers = report.quantized
     if not layers:
         return ""
-    kinds = kinds_of(layers)
-    legend = "".join(
-        f"<span class=key><i class=k{index}></i>{escape(kind)}</span>"
-        for kind, index in sorted(kinds.items(), key=lambda item: item[1])
-    )
-    charts = [ErrorChart("Weight error", [layer.weight_error for layer in layers])]
+    names = [layer.name for layer in layers]
+    kinds = kinds_of(names)
+    charts: list[tuple[str, list[float | None]]] = [
+        ("Weight error", [layer.weight_error for layer in layers])
+    ]
     if any(layer.output_error is not None for layer in layers):
-        charts.append(ErrorChart("Output error", [layer.output_error for layer in layers]))
-    body = "".join(f"<h3>{chart.title}</h3>{chart.render(layers, kinds)}" for chart in charts)
+        charts.append(("Output error", [layer.output_error for layer in layers]))
+    body = "".join(
+        f"<h3>{title}</h3>{BarChart(title, errors).render(names, kinds, _labels(layers, errors))}"
+        for title, errors in charts
+    )
     return (
         "<section><h2>Error of each layer</h2><p class=note>Relative Frobenius error, layers in "
         "the order of the model from left to right; point at a bar for its name.</p>"
-        f"<p class=legend>{legend}</p>{body}</section>"
+        f"{legend(kinds)}{body}</section>"
     )
+
+
+def _labels(layers: Sequence[LayerReport], errors: Sequence[float | None]) -> list[str]:
+    return [
+        f"{layer.name}: {format_error(error)} ({layer.type})"
+        for layer, error in zip(layers, errors, strict=True)
+    ]
 
 
 def _worst(report: Report) -> str:
