@@ -205,7 +205,6 @@ def test_scheme_of_a_configuration(given: dict[str, Any], scheme: str) -> None:
         {"w_bit": 4, "a_bit": 16},
         {"a_bit": 16, "w_method": "GPTQ"},
         {"use_kvcache_quant": True},
-        {"co_sparse": True},
         {"pdmix": True},
     ],
 )

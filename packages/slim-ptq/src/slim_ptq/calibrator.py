@@ -31,7 +31,7 @@ from slim_ptq.calibration.observed import ObservedLinear
 from slim_ptq.calibration.samples import check_samples, feed
 from slim_ptq.config import QuantConfig
 from slim_ptq.fallback import choose_fallback, measure_spread
-from slim_ptq.methods import quantize_minmax
+from slim_ptq.methods import make_method
 from slim_ptq.mixed import check_mix, resolve_mix
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
@@ -248,9 +248,17 @@ class Calibrator:
             scheme = self._schemes[name]
             if scheme.weight is None:
                 continue
-            parts = quantize_minmax(name, weight_of(linear), scheme.weight)
+            method = make_method(self.cfg.method(scheme))
+            parts = method.quantize(name, weight_of(linear), scheme.weight)
             layer = QuantizedLinear(
-                name, scheme, *parts, bias=bias_of(linear), model_dtype=_dtype_name(self._dtype)
+                name,
+                scheme,
+                parts.codes,
+                parts.scale,
+                parts.offset,
+                bias=bias_of(linear),
+                model_dtype=_dtype_name(self._dtype),
+                notes=parts.notes,
             )
             if scheme.activation is None or scheme.is_dynamic:
                 self._put(name, FakeQuantLinear(layer, self._dtype))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from slim_core.method import MethodSpec
 from slim_core.scheme import QuantScheme
 from slim_ptq.config_rules import check_config
 
@@ -208,6 +209,12 @@ class QuantConfig:
         from slim_ptq.config_rules import scheme_of
 
         return scheme_of(self)
+
+    def method(self, scheme: QuantScheme) -> MethodSpec:
+        """Return the method with which a layer of this scheme is quantized."""
+        from slim_ptq.config_rules import method_of
+
+        return method_of(self, scheme)
 
     def derive(self, **changes: Any) -> QuantConfig:
         """Return a checked copy with other parameters."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.logging import get_logger
-from slim_core.scheme import QuantScheme
+from slim_core.method import MINMAX, MethodSpec
+from slim_core.scheme import QuantScheme, Variant
 from slim_core.validate import check_choice, check_float, check_int, check_str_list, check_type
 from slim_ptq.devices import torch_device
 
@@ -20,7 +21,7 @@ WEIGHT_METHODS = ("MinMax", "GPTQ", "HQQ", "NF")
 GROUP_SIZES = (32, 64, 128, 256)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TP_SIZES = (2, 4, 8, 16)
-AVAILABLE = ("W8A8", "W8A8_DYNAMIC", "W8A16")
+AVAILABLE = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W8A16")
 
 Values = dict[str, Any]
 
@@ -80,6 +81,20 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
     elif config.mm_tensor:
         text += "_tensor"
     return QuantScheme.parse(text if config.w_sym else f"{text}_asym")
+
+
+def method_of(config: QuantConfig, scheme: QuantScheme) -> MethodSpec:
+    """Return the method with which a layer of a scheme is quantized."""
+    if scheme.variant is not Variant.SPARSE:
+        return MINMAX
+    options: dict[str, Any] = {"scope": "row" if config.is_lowbit else "tensor"}
+    if config.is_lowbit and config.use_sigma:
+        options["sigma_factor"] = config.sigma_factor
+    else:
+        options["fraction"] = config.fraction
+    if config.nonuniform:
+        options["nonuniform"] = True
+    return MethodSpec.parse({"name": "sparse", **options})
 
 
 def _check_device(values: Values) -> None:

@@ -16,7 +16,7 @@ from slim_core.numerics import (
     quantize_weight,
     weight_params,
 )
-from slim_core.scheme import Granularity, QuantScheme, TensorScheme
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme, Variant
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
 
 _CHUNK = 1 << 18  # elements
@@ -32,8 +32,8 @@ class MinMax:
     needs: ClassVar[Needs] = Needs.NONE
 
     def unsupported(self, scheme: QuantScheme) -> str | None:
-        """Every scheme has extreme weights."""
-        return None
+        """Return why a scheme is more than a grid between the extreme weights."""
+        return "its outliers need method sparse" if scheme.variant is Variant.SPARSE else None
 
     def quantize(
         self,

@@ -8,12 +8,15 @@ from typing import Any
 
 from slim_core.errors import InvalidValueError, SlimError
 from slim_core.method import MINMAX, MethodSpec
-from slim_core.scheme import QuantScheme
+from slim_core.scheme import QuantScheme, Variant
 from slim_core.validate import did_you_mean
 from slim_ptq.methods.base import Needs, WeightMethod
 from slim_ptq.methods.minmax import MinMax
+from slim_ptq.methods.sparse import Sparse
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (MinMax,)}
+SPARSE = MethodSpec(Sparse.name)
+
+METHODS: dict[str, type[Any]] = {method.name: method for method in (MinMax, Sparse)}
 
 
 @functools.cache
@@ -47,7 +50,7 @@ class PtqMethods:
 
     def default(self, scheme: QuantScheme) -> MethodSpec:
         """Return the method of a layer for which the recipe names none."""
-        return MINMAX
+        return SPARSE if scheme.variant is Variant.SPARSE else MINMAX
 
     def problem(self, method: MethodSpec, scheme: QuantScheme) -> str | None:
         """Return why a method cannot be made, or cannot quantize to a scheme, None if it can."""

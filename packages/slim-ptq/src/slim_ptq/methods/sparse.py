@@ -22,8 +22,9 @@ import torch
 from slim_core.dtypes import INT8
 from slim_core.errors import InvalidValueError
 from slim_core.numerics import EPS, check_finite, quantize
-from slim_core.scheme import Granularity, TensorScheme
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme, Variant
 from slim_core.validate import check_choice, check_float, check_type
+from slim_ptq.methods.base import LayerInputs, Needs, Parts
 
 BULK = 7  # largest code of the bulk: that of a symmetric 4-bit type
 
@@ -62,6 +63,7 @@ class Sparse:
     """
 
     name: ClassVar[str] = "sparse"
+    needs: ClassVar[Needs] = Needs.NONE
 
     scope: str = Scope.ROW
     fraction: float = 0.01
@@ -79,38 +81,52 @@ class Sparse:
             if self.scope is not Scope.ROW:
                 raise InvalidValueError("sigma_factor goes with scope 'row' only")
 
+    def unsupported(self, scheme: QuantScheme) -> str | None:
+        """Return why a scheme is not a sparse one."""
+        return None if scheme.variant is Variant.SPARSE else "it makes w8a8s only"
+
     def quantize(
-        self, name: str, weight: torch.Tensor, scheme: TensorScheme
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize a weight.
+        self,
+        name: str,
+        weight: torch.Tensor,
+        scheme: TensorScheme,
+        inputs: LayerInputs | None = None,
+    ) -> Parts:
+        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`).
 
         Parameters
         ----------
-        name : str
-            Of the layer, for messages.
-        weight : torch.Tensor, floating point, shape (out, in)
         scheme : TensorScheme
             Symmetric int8, per channel or per tensor.
-
-        Returns
-        -------
-        codes : int8, shape (out, in)
-        scale, offset : float32, shape (out, 1) or (1,); offsets are 0
-
-        Raises
-        ------
-        NumericalError
-            The weight has NaN or infinite elements.
         """
         values = weight.detach().float()
         check_finite(name, "weight", values)
-        if not self.nonuniform:
-            step = self._step(values, scheme)
-            # The row backend of the classic interface uses the whole range, the other one does not.
-            lowest = INT8.min if self.scope is Scope.ROW else -INT8.max
-            codes = quantize(values, step, None, INT8, low=lowest)
-            return codes, step, torch.zeros_like(step)
-        return _on_power_law(values, self, scheme)
+        make = self._on_power_law if self.nonuniform else self._linear
+        codes, scale = make(values, scheme)
+        bulk = float((codes.abs() <= BULK).float().mean())
+        zeros = float((codes == 0).float().mean())
+        notes = (f"{bulk:.1%} of the codes have 4 bits, {zeros:.1%} are 0",)
+        return Parts(codes, scale, torch.zeros_like(scale), notes=notes)
+
+    def _linear(
+        self, values: torch.Tensor, scheme: TensorScheme
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step = self._step(values, scheme)
+        # The row backend of the classic interface uses the whole range, the other one does not.
+        lowest = INT8.min if self.scope is Scope.ROW else -INT8.max
+        codes: torch.Tensor = quantize(values, step, None, INT8, low=lowest)
+        return codes, step
+
+    def _on_power_law(
+        self, values: torch.Tensor, scheme: TensorScheme
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the power-law levels as int8 codes, the same set of codes in every row."""
+        power = _fit_power(values, self, scheme)
+        ranks, step = _ranks(values, power, self, scheme)
+        top = ranks.abs().amax().clamp(min=1)
+        codes = torch.round(ranks.sign() * INT8.max * (ranks.abs() / top) ** (1 / power))
+        scale = ((top * step) ** (1 / power) / INT8.max).clamp(min=EPS)
+        return codes.to(torch.int8), scale
 
     def _step(self, values: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
         """Return the step, shape (out, 1) or (1,)."""
@@ -148,18 +164,6 @@ def _inlier_absmax(size: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     inside = size <= threshold
     largest = torch.where(inside, size, torch.zeros_like(size)).amax(dim=1, keepdim=True)
     return torch.where(inside.any(dim=1, keepdim=True), largest, threshold.expand_as(largest))
-
-
-def _on_power_law(
-    values: torch.Tensor, method: Sparse, scheme: TensorScheme
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the power-law levels as int8 codes, the same set of codes in every row."""
-    power = _fit_power(values, method, scheme)
-    ranks, step = _ranks(values, power, method, scheme)
-    top = ranks.abs().amax().clamp(min=1)
-    codes = torch.round(ranks.sign() * INT8.max * (ranks.abs() / top) ** (1 / power))
-    scale = ((top * step) ** (1 / power) / INT8.max).clamp(min=EPS)
-    return codes.to(torch.int8), scale, torch.zeros_like(scale)
 
 
 def _ranks(
