@@ -97,7 +97,7 @@ class FAQuantizer(nn.Module):
         if self.mode is Mode.OBSERVE:
             self._observe(states, qkv)
             return states
-        scale = self.scale(qkv)
+        scale = self.scale(qkv).to(states.device)
         _check_heads(states, scale.shape[0])
         return round_heads(states, scale)
 

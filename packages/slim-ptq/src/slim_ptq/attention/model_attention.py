@@ -106,10 +106,7 @@ class ModelAttention:
             if name in left_out:
                 _drop(self._model.get_submodule(name), quantizer)
             else:
-                device = next(self._model.get_submodule(name).parameters()).device
-                quantizer.emulate(
-                    {part: scale.to(device) for part, (scale, _) in quantizer.params().items()}
-                )
+                quantizer.emulate({part: pair[0] for part, pair in quantizer.params().items()})
 
     def undo(self) -> None:
         """Take every quantizer of attention away again."""

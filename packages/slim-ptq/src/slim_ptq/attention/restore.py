@@ -14,7 +14,6 @@ from slim_core.errors import FormatError, StructureError
 from slim_ptq.attention.install import attention_modules, install_quantizers
 from slim_ptq.attention.names import saved_module_name
 from slim_ptq.kv import CacheQuantizer, attach, find_cache_sources
-from slim_ptq.structure import find_blocks
 from slim_ptq.tensors import from_numpy
 
 
@@ -90,18 +89,15 @@ def _restore_heads(
     attentions: Mapping[str, Mapping[str, Params]],
     rename: Callable[[str], str],
 ) -> None:
-    blocks = find_blocks(model)
-    names = {
-        path: saved_module_name(model, path, rename) for path in attention_modules(model, blocks)
-    }
+    modules = attention_modules(model, [""])
+    names = {path: saved_module_name(model, path, rename) for path in modules}
     unknown = attentions.keys() - set(names.values())
     if unknown:
         raise StructureError(f"the model has no attention {min(unknown)}, which is described")
     others = [path for path, name in names.items() if name not in attentions]
-    for path, quantizer in install_quantizers(model, blocks, others).items():
-        device = next(model.parameters()).device
+    for path, quantizer in install_quantizers(model, [""], others).items():
         scales = {
-            part.removeprefix("fa_"): from_numpy(scale).to(device)
+            part.removeprefix("fa_"): from_numpy(scale)
             for part, (scale, _) in attentions[names[path]].items()
         }
         quantizer.emulate(scales)

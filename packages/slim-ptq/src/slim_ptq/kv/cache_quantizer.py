@@ -50,8 +50,8 @@ class CacheQuantizer(nn.Module):
         """Return ``x``, shape (..., out), with its cached channels rounded."""
         if self.channels is None:
             return self._round(x)
-        cached = self._round(x.index_select(-1, self.channels))
-        return x.index_copy(-1, self.channels, cached)
+        channels = self.channels.to(x.device)
+        return x.index_copy(-1, channels, self._round(x.index_select(-1, channels)))
 
     def tensor_names(self, linear: str) -> tuple[str, str]:
         """Return the names of scale and offset in the checkpoint.
@@ -65,8 +65,9 @@ class CacheQuantizer(nn.Module):
         return f"{prefix}.kv_cache_scale", f"{prefix}.kv_cache_offset"
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
-        codes = quantize(x.float(), self.scale, self.offset, INT8)
-        rounded: torch.Tensor = dequantize(codes, self.scale, self.offset)
+        scale, offset = self.scale.to(x.device), self.offset.to(x.device)
+        codes = quantize(x.float(), scale, offset, INT8)
+        rounded: torch.Tensor = dequantize(codes, scale, offset)
         return rounded.to(x.dtype)
 
 
@@ -74,12 +75,7 @@ def attach(linear: nn.Module, quantizer: CacheQuantizer) -> None:
     """Let a quantizer work on the output of a linear layer, float or quantized, in place."""
     if not any(quantizers(linear)):
         linear.register_forward_hook(_quantize_output)
-    device = next(
-        (tensor.device for tensor in (*linear.parameters(), *linear.buffers())),
-        torch.device("cpu"),
-    )
-    placed = quantizer if device.type == "meta" else quantizer.to(device)
-    linear.add_module(CHILD + quantizer.part, placed)
+    linear.add_module(CHILD + quantizer.part, quantizer)
 
 
 def quantizers(linear: nn.Module) -> Iterator[CacheQuantizer]:
