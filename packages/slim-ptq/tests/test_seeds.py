@@ -101,6 +101,40 @@ def test_w8a8(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_sparse(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, dataset_calib = prepare(model_path)
+    first = "transformer.encoder.layers.0"
+    quant_config = QuantConfig(
+        w_bit=4,
+        disable_names=[
+            f"{first}.self_attention.query_key_value",
+            f"{first}.self_attention.dense",
+            f"{first}.mlp.dense_h_to_4h",
+        ],
+        act_method=3,
+        dev_type="cpu",
+        dev_id=model.device.index,
+        pr=2.0,
+        fraction=0.011,
+        nonuniform=False,
+        mm_tensor=False,
+        co_sparse=True,
+    )
+    calibrator = Calibrator(model, quant_config, calib_data=dataset_calib, disable_level="L0")
+    calibrator.run()
+    calibrator.save("./quant_weight")
+
+    out = tmp_path / "quant_weight"
+    assert verify_checkpoint(out).problems == ()
+    stored = QuantizedCheckpoint(out)
+    assert set(stored.layers.values()) == {"W8A8S"}
+    assert len(stored.layers) == 5
+    for name in stored.layers:
+        assert np.mean(np.abs(stored.layer(name).codes) <= 7) > 0.95
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
 @pytest.mark.parametrize("with_data", [True, False])
 def test_w8a16(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_data: bool

@@ -97,7 +97,7 @@ def test_files_compute_what_the_model_computed(
         # The weight scale is not stored: deq_scale / input_scale loses its last bit.
         torch.testing.assert_close(again(ids).logits, logits, rtol=1e-3, atol=1e-3)
     error = float((logits - float_logits).norm() / float_logits.norm())
-    assert 0.0 < error < 0.3
+    assert 0.0 < error < 0.5  # each weight of these random models is off by a tenth
 
 
 def test_levels_that_fall_back_are_stored_in_floating_point(
