@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from slim_ptq.__about__ import __version__
+from slim_ptq.commands.analyze import analyze
 from slim_ptq.commands.evaluate import evaluate
 from slim_ptq.commands.options import (
     AsJson,
@@ -174,6 +175,7 @@ def dequantize(
         typer.echo(f"written to {output}")
 
 
+app.command()(analyze)
 app.command()(evaluate)
 app.command("eval", hidden=True)(evaluate)  # the short name
 

@@ -46,6 +46,10 @@ Text = Annotated[
 Trust = Annotated[bool, typer.Option(help="Run model code that lies in the model directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output that is there.")]
+Metric = Annotated[
+    str,
+    typer.Option(help="How layers are ranked: std, quantile, kurtosis, layer_error, model_error."),
+]
 Task = Annotated[str, typer.Option(help="perplexity, boolq, ceval, mmlu, gsm8k or truthfulqa.")]
 Shot = Annotated[int, typer.Option(help="Examples before each question of ceval and mmlu.")]
 Questions = Annotated[
