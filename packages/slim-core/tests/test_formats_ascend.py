@@ -207,11 +207,11 @@ def decode(change, text="w8a8", model_dtype="bfloat16"):
         (lambda t: t.update(weight=t["weight"].astype(F32)), "x.up.weight must be int8, not float"),
         (
             lambda t: t.update(weight=t["weight"][0]),
-            r"weight must have shape \(out, in\), not",
+            "x.up.weight must have two dimensions, not shape",
         ),
         (
             lambda t: t.update(weight_scale=t["weight_scale"][:, 0]),
-            r"x.up.weight_scale must have shape \(4, 1\) or \(1,\), not \(4,\)",
+            r"x.up.weight_scale must have shape \(4, 1\), not \(4,\)",
         ),
         (
             lambda t: t.update(deq_scale=encode_deq_scale(t["deq_scale"], "float16")),

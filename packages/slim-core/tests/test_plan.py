@@ -173,13 +173,13 @@ class TestSizes:
     def test_of_a_layer(self, scheme: str, dtype: str, expected: int) -> None:
         linears = {"model.layers.0.mlp.down_proj": (64, 128)}
         made = plan(linears, scheme=scheme, model_dtype=dtype)
-        assert made.layers[0].nbytes(dtype) == expected
+        assert made.layers[0].nbytes(FORMATS[made.format], dtype) == expected
         width = 4 if dtype == "float32" else 2
         assert made.bytes_after == 1_000_000 - (64 * 128 * width - expected)
 
     def test_a_float_layer_keeps_its_size(self) -> None:
         made = plan(exclude=["*.0.*"], scheme="w8a16", model_dtype="bfloat16")
-        assert made.layers[0].nbytes("bfloat16") == 64 * 64 * 2
+        assert made.layers[0].nbytes(FORMATS[made.format], "bfloat16") == 64 * 64 * 2
 
     def test_group_size(self) -> None:
         assert plan(scheme="w8a16").group_size == 0

@@ -80,7 +80,7 @@ def test_nothing_is_wrong(sound: Path) -> None:
     [
         (lambda t: t.pop(f"{Q}.weight"), f"{Q}.weight is described and not stored"),
         (lambda t: t.pop(f"{Q}.quant_bias"), f"{Q} has no quant_bias"),
-        (lambda t: t.pop(f"{Q}.weight_scale"), f"{Q} has no two-dimensional weight"),
+        (lambda t: t.pop(f"{Q}.weight_scale"), f"{Q} has no weight_scale"),
         (lambda t: t.update({"extra": np.ones(1)}), "extra is not in the description"),
         (lambda t: t[f"{Q}.weight"].__setitem__((0, 0), 99), f"{Q}.quant_bias does not follow"),
         (lambda t: t[f"{Q}.quant_bias"].__iadd__(1), f"{Q}.quant_bias does not follow"),

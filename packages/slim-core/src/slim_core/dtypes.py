@@ -51,6 +51,11 @@ class TableType:
     levels: tuple[float, ...] = field(repr=False, compare=False)
     sign_bit: bool = True
 
+    @property
+    def max(self) -> float:
+        """Largest value."""
+        return self.levels[-1]
+
     def __str__(self) -> str:
         return self.name
 

@@ -17,6 +17,7 @@ _FUSED = (
     ("qkv_a", ("q_a_proj", "kv_a_proj_with_mqa")),
 )
 _PART = {part: kind for kind, parts in _FUSED for part in parts}
+_ROW_PARALLEL = ("o_proj", "down_proj", "w2")
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+)")
 _ROUTER = re.compile(r".*\.(gate|router|shared_expert_gate|router\.\w+|gate\.wg)")
 
@@ -49,6 +50,11 @@ def is_expert(name: str) -> bool:
 def is_router(name: str) -> bool:
     """Whether the layer chooses experts; routers are small, decide much and stay in float."""
     return _ROUTER.fullmatch(name) is not None
+
+
+def is_row_parallel(name: str) -> bool:
+    """Whether engines split the input channels of the layer over devices."""
+    return name.rpartition(".")[2] in _ROW_PARALLEL
 
 
 def group_by(names: Iterable[str], key: str = "type") -> dict[str, list[str]]:

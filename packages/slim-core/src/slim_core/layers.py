@@ -8,8 +8,11 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from slim_core.dtypes import INT8
+from slim_core.kronecker import restore_weight
 from slim_core.numerics import dequantize_weight, fold_static
-from slim_core.scheme import QuantScheme
+from slim_core.scheme import QuantScheme, Variant
+from slim_core.two_stage import SECOND_SCALE, two_stage_integers
 
 Array = Any
 
@@ -59,8 +62,21 @@ class QuantizedLinear:
     extras: Mapping[str, Array] = field(default_factory=dict)
 
     def dequantized(self) -> Array:
-        """Return the float32 weight, shape (out, in), that the codes stand for."""
-        return dequantize_weight(self.codes, self.weight_scale, self.weight_offset)
+        """Return the float32 weight, shape (out, in), that the layer stands for."""
+        weight = self.multiplied()
+        if self.scheme.variant is Variant.FLATQUANT:
+            return restore_weight(weight, self.extras["left_trans"], self.extras["right_trans"])
+        return weight
+
+    def multiplied(self) -> Array:
+        """Return the float32 matrix, shape (out, in), by which the engine multiplies.
+
+        It is the weight, but for layers that transform their input first.
+        """
+        if SECOND_SCALE in self.extras:
+            return two_stage_integers(self.codes, self.extras[SECOND_SCALE]) * self.weight_scale
+        dtype = INT8 if self.scheme.weight is None else self.scheme.weight.dtype
+        return dequantize_weight(self.codes, self.weight_scale, self.weight_offset, dtype)
 
     def folded(self) -> tuple[Array, Array]:
         """Return ``deq_scale`` and ``quant_bias`` (:func:`slim_core.numerics.fold_static`)."""

@@ -10,14 +10,16 @@ Symbols: ``s`` scale, ``z`` offset (an integer held in floating point), ``q`` in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, size
 
-from slim_core.dtypes import IntType
+from slim_core.dtypes import INT8, CodeType, IntType, TableType
 from slim_core.errors import FormatError, NumericalError
-from slim_core.scheme import Granularity, TensorScheme
+from slim_core.scheme import Granularity, ScaleKind, TensorScheme
+from slim_core.tables import decode_table, encode_table
 
 EPS = 1.1920928955078125e-07  # machine epsilon of float32: the smallest scale
 
@@ -35,40 +37,64 @@ def affine_params(low: Array, high: Array, scheme: TensorScheme) -> tuple[Array,
     Returns
     -------
     scale, offset : array, float32, same shape
-        Symmetric: ``s = max(|low|, |high|) / (2**(b-1) - 1)``, ``z = 0``.  Asymmetric: the range is
-        widened to hold 0, ``s = (high - low) / (2**b - 1)``, ``z = round(-low / s) - 2**(b-1)``.
-        The scale is never below the float32 machine epsilon.
+        Symmetric: ``s = max(|low|, |high|) / (2**(b-1) - 1)``, the last being the largest level of
+        types with a table; ``z = 0``.  Asymmetric, for integers: the range is widened to hold 0,
+        ``s = (high - low) / (2**b - 1)``, ``z = round(-low / s) - 2**(b-1)``.  The scale is never
+        below the float32 machine epsilon.  Powers of two are :func:`power_scale` instead.
     """
     xp = array_namespace(low, high)
     dtype = scheme.dtype
     zero = xp.zeros_like(low)
     eps = xp.full_like(low, EPS)
-    if scheme.symmetric:
-        return xp.maximum(xp.maximum(xp.abs(low), xp.abs(high)) / dtype.max, eps), zero
+    if scheme.symmetric or isinstance(dtype, TableType):
+        peak = xp.maximum(xp.abs(low), xp.abs(high))
+        if scheme.scales is ScaleKind.E8M0:
+            return power_scale(peak, dtype.max), zero
+        return xp.maximum(peak / dtype.max, eps), zero
     low, high = xp.minimum(low, zero), xp.maximum(high, zero)
     scale = xp.maximum((high - low) / (dtype.max - dtype.min), eps)
     return scale, xp.round(-low / scale) + dtype.min
 
 
+def power_scale(peak: Array, largest: float) -> Array:
+    """Return the shared scale of the OCP microscaling formats, float32 of the shape of ``peak``.
+
+    ``2**(floor(log2(peak)) - floor(log2(largest)))``, ``largest`` being the largest level of the
+    type: elements above it become it.  At least ``2**-126``, which a group of zeros has.
+    """
+    xp = array_namespace(peak)
+    exponent = xp.frexp(peak)[1] - math.frexp(largest)[1]
+    exponent = xp.where(peak > 0, exponent, xp.full_like(exponent, -126))
+    return xp.ldexp(xp.ones_like(peak), xp.clip(exponent, -126, 127))
+
+
 def quantize(
-    x: Array, scale: Array, offset: Array | None, dtype: IntType, *, low: int | None = None
+    x: Array, scale: Array, offset: Array | None, dtype: CodeType, *, low: int | None = None
 ) -> Array:
     """Return ``clamp(round(x / scale + offset))`` as int8.
 
     ``scale`` and ``offset`` broadcast against ``x``.  The clamp is to the range of ``dtype``, or
-    from ``low`` on (symmetric weights leave out the most negative code).
+    from ``low`` on (symmetric weights leave out the most negative code).  For a type with a table
+    the code is that of the level nearest to ``x / scale``.
     """
     xp = array_namespace(x)
     scaled = x / scale
+    if isinstance(dtype, TableType):
+        return encode_table(scaled, dtype)
     if offset is not None:
         scaled = scaled + offset
     codes = xp.clip(xp.round(scaled), dtype.min if low is None else low, dtype.max)
     return xp.astype(codes, xp.int8)
 
 
-def dequantize(codes: Array, scale: Array, offset: Array | None) -> Array:
-    """Return ``(codes - offset) * scale`` in the dtype of ``scale``."""
+def dequantize(codes: Array, scale: Array, offset: Array | None, dtype: CodeType = INT8) -> Array:
+    """Return ``(codes - offset) * scale`` in the dtype of ``scale``.
+
+    For a type with a table, ``level * scale``.
+    """
     xp = array_namespace(codes, scale)
+    if isinstance(dtype, TableType):
+        return decode_table(codes, dtype) * scale
     values = xp.astype(codes, scale.dtype)
     return (values if offset is None else values - offset) * scale
 
@@ -98,46 +124,55 @@ def weight_params(weight: Array, scheme: TensorScheme) -> tuple[Array, Array]:
     if scheme.granularity is Granularity.PER_CHANNEL:
         low, high = xp.min(weight, axis=1, keepdims=True), xp.max(weight, axis=1, keepdims=True)
         return affine_params(low, high, scheme)
-    grouped = _split_groups(weight, scheme.group_size)
+    grouped = split_groups(weight, scheme.group_size)
     return affine_params(xp.min(grouped, axis=2), xp.max(grouped, axis=2), scheme)
 
 
 def quantize_weight(weight: Array, scale: Array, offset: Array, scheme: TensorScheme) -> Array:
     """Return int8 codes, shape (out, in), for parameters shaped as :func:`weight_params` does."""
-    low = -scheme.dtype.max if scheme.symmetric else None
+    low = -scheme.dtype.max if scheme.symmetric and isinstance(scheme.dtype, IntType) else None
     offset = None if scheme.symmetric else offset
     if scheme.granularity is not Granularity.PER_GROUP:
         return quantize(weight, scale, offset, scheme.dtype, low=low)
     xp = array_namespace(weight)
-    grouped = _split_groups(weight, scheme.group_size)
+    grouped = split_groups(weight, scheme.group_size)
     offset = None if offset is None else offset[..., None]
     return xp.reshape(
         quantize(grouped, scale[..., None], offset, scheme.dtype, low=low), weight.shape
     )
 
 
-def dequantize_weight(codes: Array, scale: Array, offset: Array | None) -> Array:
+def dequantize_weight(
+    codes: Array, scale: Array, offset: Array | None, dtype: CodeType = INT8
+) -> Array:
     """Return the float weight, shape (out, in), of codes with per-tensor, row or group scales."""
     xp = array_namespace(codes, scale)
     groups = scale.shape[-1]
     if scale.ndim < 2 or groups == 1:
-        return dequantize(codes, scale, offset)
-    grouped = _split_groups(codes, codes.shape[1] // groups)
+        return dequantize(codes, scale, offset, dtype)
+    grouped = split_groups(codes, codes.shape[1] // groups)
     offset = None if offset is None else offset[..., None]
-    return xp.reshape(dequantize(grouped, scale[..., None], offset), codes.shape)
+    return xp.reshape(dequantize(grouped, scale[..., None], offset, dtype), codes.shape)
 
 
-def quantize_per_token(x: Array, dtype: IntType) -> tuple[Array, Array]:
+def quantize_per_token(
+    x: Array, dtype: IntType, clip_ratio: Array | float = 1.0
+) -> tuple[Array, Array]:
     """Quantize an activation symmetrically with one scale for each vector of the last axis.
+
+    Parameters
+    ----------
+    clip_ratio : array of shape (1,), or float
+        In (0, 1]: share of the largest magnitude that the codes reach; what is beyond is clamped.
 
     Returns
     -------
     codes : array, int8, shape of x
     scale : array, float32, shape of x with a last axis of 1
-        ``s = max|x| / (2**(b-1) - 1)``.
+        ``s = clip_ratio * max|x| / (2**(b-1) - 1)``.
     """
     xp = array_namespace(x)
-    peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    peak = xp.max(xp.abs(x), axis=-1, keepdims=True) * clip_ratio
     scale = xp.maximum(peak / dtype.max, xp.full_like(peak, EPS))
     return quantize(x, scale, None, dtype), scale
 
@@ -210,7 +245,14 @@ def check_finite(name: str, what: str, x: Array) -> None:
         )
 
 
-def _split_groups(x: Array, group_size: int) -> Array:
+def split_groups(x: Array, group_size: int) -> Array:
+    """Return a matrix (rows, columns) as (rows, groups, group size).
+
+    Raises
+    ------
+    FormatError
+        The group size does not divide the number of columns.
+    """
     xp = array_namespace(x)
     rows, columns = x.shape
     if columns % group_size:

@@ -10,12 +10,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from slim_core.engines import reader_warnings
 from slim_core.errors import PatternError, PlanError
-from slim_core.formats import Format
+from slim_core.formats import FORMATS, Format
 from slim_core.groups import group_by, is_expert, is_router
 from slim_core.matching import match_all
 from slim_core.method import MINMAX, MethodRules, MethodSpec, OnlyMinMax
-from slim_core.scheme import FLOAT, Granularity, QuantScheme, TensorScheme, model_type
+from slim_core.scheme import (
+    FLOAT,
+    PER_TOKEN_INT8,
+    Granularity,
+    QuantScheme,
+    TensorScheme,
+    model_type,
+)
 
 if TYPE_CHECKING:
     from slim_core.recipe import Recipe
@@ -24,8 +32,6 @@ Shape = tuple[int, int]
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK = re.compile(r".*?\.\d+(?=\.)")  # up to the number of the decoder block
-# The grammar admits per-token int8 with the same weights for every static type.
-_PER_TOKEN_INT8 = QuantScheme.parse("w8a8_dynamic").activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +55,11 @@ class LayerPlan:
         """Whether statistics of the input of the layer are needed."""
         return self.scheme.is_static or (self.needs_data and not self.scheme.is_float)
 
-    def nbytes(self, model_dtype: str) -> int:
-        """Return the estimated bytes of the stored layer without its float bias."""
-        rows, columns = self.shape
-        weight = self.scheme.weight
-        if weight is None:
-            return rows * columns * _ITEM_BYTES[model_dtype]
-        groups = columns // weight.group_size if weight.group_size else 1
-        scales = 1 if weight.granularity is Granularity.PER_TENSOR else rows * groups
-        static = 8 + rows * (4 + (4 if model_dtype == "bfloat16" else 8))
-        return rows * columns + 8 * scales + (static if self.scheme.is_static else 0)
+    def nbytes(self, form: Format, model_dtype: str) -> int:
+        """Return the bytes of the stored layer without its float bias."""
+        if self.scheme.is_float:
+            return self.shape[0] * self.shape[1] * _ITEM_BYTES[model_dtype]
+        return form.nbytes(self.name, self.scheme, self.shape, model_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,10 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         """Estimated bytes of the weight files."""
+        form = FORMATS[self.format]
         saved = sum(
             layer.shape[0] * layer.shape[1] * _ITEM_BYTES[self.model_dtype]
-            - layer.nbytes(self.model_dtype)
+            - layer.nbytes(form, self.model_dtype)
             for layer in self.layers
         )
         return self.bytes_before - saved
@@ -204,7 +206,8 @@ def build_plan(
         problems.append("the recipe leaves every layer in floating point")
     if problems:
         raise PlanError(problems)
-    return Plan(layers, model_dtype, form.name, bytes_before, tuple(_warnings(layers, form)))
+    warnings = tuple(_warnings(layers, form, model_dtype))
+    return Plan(layers, model_dtype, form.name, bytes_before, warnings)
 
 
 def dynamic_variant(scheme: QuantScheme) -> QuantScheme:
@@ -213,7 +216,7 @@ def dynamic_variant(scheme: QuantScheme) -> QuantScheme:
     if not scheme.is_static or weight is None:
         return scheme
     per_channel = TensorScheme(weight.dtype, Granularity.PER_CHANNEL)
-    return QuantScheme(per_channel, _PER_TOKEN_INT8)
+    return QuantScheme(per_channel, PER_TOKEN_INT8)
 
 
 def _resolve(
@@ -290,16 +293,10 @@ def _unlike_groups(layers: tuple[LayerPlan, ...]) -> Iterable[str]:
             )
 
 
-def _warnings(layers: tuple[LayerPlan, ...], form: Format) -> Iterable[str]:
-    weights = [layer.scheme.weight for layer in layers if layer.scheme.weight is not None]
+def _warnings(layers: tuple[LayerPlan, ...], form: Format, model_dtype: str) -> Iterable[str]:
     if form.name == "float":
         return
-    if any(not weight.symmetric for weight in weights):
-        yield "asymmetric weights load correctly only in MindIE (vllm-ascend adds the offset)"
-    if any(weight.granularity is Granularity.PER_GROUP for weight in weights):
-        yield "per-group W8A16 weights are read by MindIE only"
-    if any(weight.granularity is Granularity.PER_TENSOR for weight in weights):
-        yield "per-tensor weights are read by MindIE only (vllm-ascend wants one scale a channel)"
+    yield from reader_warnings({layer.name: layer.scheme for layer in layers}, model_dtype)
     changed = [layer for layer in layers if layer.reason == "experts have no static kernel"]
     if changed:
         yield f"{len(changed)} expert layers are {changed[0].scheme}: {changed[0].reason}"

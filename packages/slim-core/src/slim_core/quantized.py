@@ -13,12 +13,16 @@ from slim_core.checkpoint import Checkpoint, open_checkpoint
 from slim_core.checkpoint.discover import read_json_object
 from slim_core.errors import CheckpointError, FormatError
 from slim_core.files import PathLike, as_path
-from slim_core.formats import DESCRIPTION_FILE, FORMATS
+from slim_core.formats import DESCRIPTION_FILE, FORMATS, Format
+from slim_core.formats.codes import stored_shape
 from slim_core.layers import QuantizedLinear
-from slim_core.scheme import TYPE_PRIORITY, QuantScheme
+from slim_core.scheme import TYPE_PRIORITY, QuantScheme, ScaleKind
+from slim_core.two_stage import SECOND_SCALE
 
 ADDED_NORM_BIAS = "added_norm_bias"  # key in the metadata of a description
 
+# Which tensor tells the granularity, where it is not weight_scale.
+_SCALE_SOURCES = {"W8A8S": "deq_scale", "NF4": "weight_absmax"}
 _QUANTIZED_TYPES = frozenset(TYPE_PRIORITY) - {"FLOAT"}
 
 
@@ -118,7 +122,7 @@ class QuantizedCheckpoint:
         """
         tensors = self.tensors_of(name)
         scheme = scheme_of(name, self.layers[name], tensors)
-        return FORMATS["safe_tensor"].decode(name, scheme, tensors, self.model_dtype)
+        return format_of(self.description).decode(name, scheme, tensors, self.model_dtype)
 
 
 def find_description(directory: Path) -> Path:
@@ -144,22 +148,29 @@ def is_quantized(path: PathLike) -> bool:
     return root.is_dir() and any(root.glob("quant_model_description*.json"))
 
 
+def format_of(description: Mapping[str, Any]) -> Format:
+    """Return the layout of a checkpoint: only ``ascend_v1`` has a version."""
+    packed = description.get("version", "0.0.0") != "0.0.0"
+    return FORMATS["ascend_v1" if packed else "safe_tensor"]
+
+
 def scheme_of(name: str, kind: str, tensors: Mapping[str, np.ndarray]) -> QuantScheme:
     """Return the scheme that a type name and the shapes of the tensors of a layer stand for."""
+    scheme = QuantScheme.parse(kind.lower())
+    if scheme.weight is not None and scheme.weight.scales is ScaleKind.E8M0:
+        return scheme
+    source = _SCALE_SOURCES.get(kind, "weight_scale")
+    scale = tensors.get(SECOND_SCALE, tensors.get(source))
+    if scale is None or not 1 <= scale.ndim <= 2:
+        raise FormatError(f"{name} has no {source} of one or two dimensions")
+    _, columns = stored_shape(name, scheme, tensors, packed=False)
     text = kind.lower()
-    weight = tensors.get("weight")
-    if kind == "W8A8S":  # shape (out,) in the place of a weight_scale of (out, 1)
-        scale = tensors.get("deq_scale")
-        if scale is not None and scale.shape != (1,):
-            scale = scale.reshape(-1, 1)
-    else:
-        scale = tensors.get("weight_scale")
-    if scale is None or weight is None or weight.ndim != 2:
-        raise FormatError(f"{name} has no two-dimensional weight with a scale")
-    if scale.ndim == 1:
+    if scale.shape == (1,):
         text += "_tensor"
-    elif scale.shape[1] > 1:
-        text += f"_g{weight.shape[1] // scale.shape[1]}"
+    elif kind == "NF4":
+        text += f"_b{columns // scale.shape[1]}"
+    elif scale.ndim == 2 and scale.shape[1] > 1:
+        text += f"_g{columns // scale.shape[1]}"  # of groups the columns are never packed
     offset = tensors.get("weight_offset")
     if offset is not None and offset.any():
         text += "_asym"

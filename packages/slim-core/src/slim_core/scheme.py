@@ -8,10 +8,19 @@ lower case with what that leaves open::
     w8a8_dynamic         int8 per-channel weights, per-token symmetric int8 activations
     w8a16_g128           int8 weights with one scale per group of 128 input channels
     w8a16_asym           int8 weights with a zero point per output channel
+    w8a8_mix             w8a8 whose activations an engine may also quantize per token
     w8a8s                sparse: few weights outside the range of four bits
+    w4a16_g128           int4 weights only
+    w4a8_dynamic_g64     int4 weights within int8 ones (:mod:`slim_core.two_stage`)
+    w4a4_dynamic         int4 weights and activations
+    w4a4_flatquant_dynamic  the same after a learned transform of the input
+    nf4                  4-bit NormalFloat in blocks of 64; ``nf4_b128`` in blocks of 128
+    w8a8_mxfp8           FP8 E4M3 in groups of 32 with a shared power of two
+    w4a8_mxfp            FP4 E2M1 weights, FP8 E4M3 activations, both in groups of 32
+    w4a4_mxfp4           FP4 E2M1, both in groups of 32
     float                left in floating point
 
-``_tensor`` asks for one scale for the whole weight matrix.
+``_tensor`` asks for one scale for the whole weight matrix, ``_asym`` for zero points.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ from enum import Enum
 
 from slim_core.dtypes import INT4, INT8, CodeType
 from slim_core.errors import InvalidValueError
+from slim_core.tables import FP4, FP8, NF4
 from slim_core.validate import check_int, check_type, did_you_mean
 
 
@@ -176,6 +186,11 @@ FLOAT = QuantScheme(weight=None)
 STATIC_INT8 = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
 PER_TOKEN_INT8 = TensorScheme(INT8, Granularity.PER_TOKEN)
 PER_TOKEN_INT4 = TensorScheme(INT4, Granularity.PER_TOKEN)
+MX_GROUP = 32
+_MXFP8, _MXFP4 = (
+    TensorScheme(dtype, Granularity.PER_GROUP, True, MX_GROUP, ScaleKind.E8M0)
+    for dtype in (FP8, FP4)
+)
 
 _Key = tuple[CodeType, CodeType | None, bool, Variant]
 
@@ -204,11 +219,21 @@ class _Kind:
         )._key
 
 
+# In the order of TYPE_PRIORITY.
 _KINDS = (
+    _Kind("NF4", NF4, group_size=64, letter="b"),
+    _Kind("W4A16", INT4, letter="g", tensor=True, asymmetric=True),
     _Kind("W8A16", INT8, letter="g", tensor=True, asymmetric=True),
     _Kind("W8A8_DYNAMIC", INT8, PER_TOKEN_INT8, tensor=True),
+    _Kind("W8A8_MIX", INT8, STATIC_INT8, Variant.MIX),
     _Kind("W8A8", INT8, STATIC_INT8, tensor=True),
     _Kind("W8A8S", INT8, STATIC_INT8, Variant.SPARSE, tensor=True),
+    _Kind("W8A8_MXFP8", FP8, _MXFP8, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),
+    _Kind("W4A8_DYNAMIC", INT4, PER_TOKEN_INT8, letter="g", group_scales=ScaleKind.TWO_STAGE),
+    _Kind("W4A8_MXFP", FP4, _MXFP8, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),
+    _Kind("W4A4_DYNAMIC", INT4, PER_TOKEN_INT4),
+    _Kind("W4A4_FLATQUANT_DYNAMIC", INT4, PER_TOKEN_INT4, Variant.FLATQUANT),
+    _Kind("W4A4_MXFP4", FP4, _MXFP4, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),
 )
 _BY_NAME = {kind.type.lower(): kind for kind in _KINDS}
 _BY_KEY = {kind.key: kind for kind in _KINDS}
@@ -221,7 +246,18 @@ KNOWN_SCHEMES = (
     "w8a16",
     "w8a16_g128",
     "w8a16_asym",
+    "w8a8_mix",
     "w8a8s",
+    "w4a16",
+    "w4a16_g128",
+    "w4a8_dynamic",
+    "w4a8_dynamic_g64",
+    "w4a4_dynamic",
+    "w4a4_flatquant_dynamic",
+    "nf4",
+    "w8a8_mxfp8",
+    "w4a8_mxfp",
+    "w4a4_mxfp4",
     "float",
 )
 

@@ -1,7 +1,7 @@
 """The two safetensors layouts of Ascend engines: ``ascend_v1`` and ``safe_tensor``.
 
 ``ascend_v1`` is read by vllm-ascend, SGLang and MindIE, ``safe_tensor`` by MindIE.  Tensor names,
-dtypes and shapes are those of ``docs/formats/ascend.md``.
+dtypes and shapes are those of ``docs/formats/ascend.md`` and of :mod:`slim_core.formats.layout`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ import numpy as np
 
 from slim_core.errors import FormatError
 from slim_core.formats.base import Format, Tensors, to_numpy
+from slim_core.formats.codes import (
+    load_codes,
+    load_power,
+    store_codes,
+    store_power,
+    stored_shape,
+)
+from slim_core.formats.layout import TensorSpec, layer_layout, layout_problem
 from slim_core.layers import QuantizedLinear
 from slim_core.numerics import unfold_scale
 from slim_core.scheme import QuantScheme, Variant
+from slim_core.two_stage import SECOND_SCALE
 
 DESCRIPTION_FILE = "quant_model_description.json"
 
@@ -24,27 +33,32 @@ class SafeTensorFormat(Format):
     """Layout of the ``safe_tensor`` save type: typed file names, no version key."""
 
     name: ClassVar[str] = "safe_tensor"
+    packed: ClassVar[bool] = False
 
     def unsupported(self, scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
-        """Return why the layer cannot be held: a group size that does not divide."""
-        if scheme.group_size and shape[1] % scheme.group_size:
-            return f"group size {scheme.group_size} does not divide its {shape[1]} input channels"
-        return None
+        """Return why the layer cannot be held: a group size that does not divide, an odd axis."""
+        return None if scheme.is_float else layout_problem(scheme, shape, packed=self.packed)
+
+    def nbytes(
+        self, name: str, scheme: QuantScheme, shape: tuple[int, int], model_dtype: str
+    ) -> int:
+        """Return the bytes of the stored tensors without the float bias."""
+        specs = layer_layout(name, scheme, shape, model_dtype, packed=self.packed)
+        return sum(spec.nbytes for spec in specs.values())
 
     def encode(self, layer: QuantizedLinear) -> Tensors:
         """Return the tensors of a layer, named and typed as the engines read them."""
-        tensors: Tensors = {"weight": to_numpy(layer.codes, np.int8)}
-        if layer.scheme.variant is not Variant.SPARSE:
-            tensors["weight_scale"] = to_numpy(layer.weight_scale, np.float32)
-            tensors["weight_offset"] = to_numpy(layer.weight_offset, np.float32)
-        if layer.scheme.is_static:
-            deq_scale, quant_bias = layer.folded()
-            tensors["input_scale"] = to_numpy(layer.input_scale, np.float32)
-            tensors["input_offset"] = to_numpy(layer.input_offset, np.float32)
-            tensors["quant_bias"] = to_numpy(quant_bias, np.int32)
-            tensors["deq_scale"] = encode_deq_scale(
-                to_numpy(deq_scale, np.float32), layer.model_dtype
-            )
+        scheme = layer.scheme
+        rows, columns = layer.codes.shape
+        specs = layer_layout(
+            layer.name, scheme, (rows, columns), layer.model_dtype, packed=self.packed
+        )
+        made = _folded(layer) if scheme.is_static else {}
+        made["weight"] = store_codes(to_numpy(layer.codes, np.int8), scheme, packed=self.packed)
+        tensors: Tensors = {
+            local: made[local] if local in made else _parameter(layer, local, spec)
+            for local, spec in specs.items()
+        }
         if layer.bias is not None:
             tensors["bias"] = to_numpy(layer.bias)
         return tensors
@@ -53,49 +67,52 @@ class SafeTensorFormat(Format):
         self, name: str, scheme: QuantScheme, tensors: Mapping[str, np.ndarray], model_dtype: str
     ) -> QuantizedLinear:
         """Return the layer that these tensors hold, after checking dtypes and shapes."""
-        codes = _take(name, tensors, "weight", np.int8, None)
-        if codes.ndim != 2:
-            raise FormatError(f"{name}.weight must have shape (out, in), not {codes.shape}")
-        rows, columns = codes.shape
-        reason = self.unsupported(scheme, (rows, columns))
+        shape = stored_shape(name, scheme, tensors, packed=self.packed)
+        reason = self.unsupported(scheme, shape)
         if reason is not None:
             raise FormatError(f"{name} cannot be {scheme}: {reason}")
-        scale_shapes = [(rows, 1), (1,)]
-        if scheme.group_size:
-            scale_shapes = [(rows, columns // scheme.group_size)]
-        layer: dict[str, Any] = {"bias": tensors.get("bias")}
-        if scheme.is_static:
-            for key in ("input_scale", "input_offset"):
-                layer[key] = _take(name, tensors, key, np.float32, [(1,)])
-            stored = np.int64 if model_dtype != "bfloat16" else np.float32
-            deq_scale = _take(name, tensors, "deq_scale", stored, [(rows,), (1,)])
-            _take(name, tensors, "quant_bias", np.int32, [(rows,)])
-        if scheme.variant is Variant.SPARSE:
-            scale = unfold_scale(decode_deq_scale(deq_scale), layer["input_scale"])
-            layer["weight_scale"] = scale if scale.shape == (1,) else scale[:, None]
-            layer["weight_offset"] = np.zeros_like(layer["weight_scale"])
-        else:
-            for key in ("weight_scale", "weight_offset"):
-                layer[key] = _take(name, tensors, key, np.float32, scale_shapes)
-        return QuantizedLinear(name, scheme, codes, **layer, model_dtype=model_dtype)
+        specs = layer_layout(name, scheme, shape, model_dtype, packed=self.packed)
+        found = {local: _take(name, tensors, local, spec) for local, spec in specs.items()}
+        scale = _weight_scale(scheme, found)
+        return QuantizedLinear(
+            name,
+            scheme,
+            load_codes(found["weight"], scheme, shape, packed=self.packed),
+            scale,
+            found.get("weight_offset", np.zeros_like(scale)),
+            found.get("input_scale"),
+            found.get("input_offset"),
+            tensors.get("bias"),
+            model_dtype,
+            extras={local: found[local] for local in _EXTRAS if local in found},
+        )
+
+    def type_name(self, ascend_type: str) -> str:
+        """Return ``W8A8`` for ``W8A8_MIX``, which this layout does not know; else the type."""
+        return "W8A8" if ascend_type == "W8A8_MIX" else ascend_type
 
     def weight_file(self, model_type: str) -> str:
         """Return ``quant_model_weight_<type>``."""
-        return f"quant_model_weight_{model_type.lower()}"
+        return f"quant_model_weight_{self.type_name(model_type).lower()}"
 
     def description_file(self, model_type: str) -> str:
         """Return ``quant_model_description_<type>.json``."""
-        return f"quant_model_description_{model_type.lower()}.json"
+        return f"quant_model_description_{self.type_name(model_type).lower()}.json"
 
     def description(self, model_type: str, group_size: int) -> dict[str, Any]:
         """Return the one key that MindIE reads here."""
-        return {"model_quant_type": model_type}
+        return {"model_quant_type": self.type_name(model_type)}
 
 
 class AscendV1Format(SafeTensorFormat):
     """Layout of the ``ascendV1`` save type, the default: fixed description name and a version."""
 
     name: ClassVar[str] = "ascend_v1"
+    packed: ClassVar[bool] = True
+
+    def type_name(self, ascend_type: str) -> str:
+        """Return the type as it is."""
+        return ascend_type
 
     def description_file(self, model_type: str) -> str:
         """Return the only name that vllm-ascend and SGLang look for."""
@@ -110,6 +127,10 @@ class AscendV1Format(SafeTensorFormat):
             "metadata": {},
             "optional": {},
         }
+
+
+# Tensors that a QuantizedLinear holds under the name that they have on disk.
+_EXTRAS = (SECOND_SCALE, "left_trans", "right_trans", "clip_ratio")
 
 
 def encode_deq_scale(deq_scale: np.ndarray, model_dtype: str) -> np.ndarray:
@@ -129,20 +150,58 @@ def decode_deq_scale(stored: np.ndarray) -> np.ndarray:
     return (stored & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
 
 
-def _take(
-    name: str,
-    tensors: Mapping[str, np.ndarray],
-    key: str,
-    dtype: Any,
-    shapes: list[tuple[int, ...]] | None,
-) -> np.ndarray:
+def scale_bias(layer: QuantizedLinear, slices: int) -> np.ndarray:
+    """Return what int4 kernels of unsigned nibbles add for the shift by 8.
+
+    ``8 * sum_k W[o, k]`` over each of so many equal slices of the input channels, float32, shape
+    (out, slices).
+    """
+    weight = to_numpy(layer.dequantized(), np.float32)
+    sums: np.ndarray = weight.reshape(len(weight), slices, -1).sum(axis=2, dtype=np.float64)
+    return (8 * sums).astype(np.float32)
+
+
+def _folded(layer: QuantizedLinear) -> Tensors:
+    """Return what statically quantized layers multiply with and add to integer products."""
+    deq_scale, quant_bias = layer.folded()
+    return {
+        "deq_scale": encode_deq_scale(to_numpy(deq_scale, np.float32), layer.model_dtype),
+        "quant_bias": to_numpy(quant_bias, np.int32),
+    }
+
+
+def _parameter(layer: QuantizedLinear, local: str, spec: TensorSpec) -> np.ndarray:
+    """Return a stored tensor that is neither the weight nor folded."""
+    if local == "scale_bias":
+        return scale_bias(layer, spec.shape[1])
+    if local == "weight_offset_second":
+        return np.zeros(spec.shape, spec.dtype)
+    if local in _EXTRAS:
+        return to_numpy(layer.extras[local], np.float32)
+    field = to_numpy(getattr(layer, "weight_scale" if local == "weight_absmax" else local))
+    return store_power(field) if spec.dtype == np.uint8 else field.astype(np.float32, copy=False)
+
+
+def _weight_scale(scheme: QuantScheme, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the float32 weight scale that the stored tensors of a layer hold or imply."""
+    if scheme.variant is Variant.SPARSE:
+        scale: np.ndarray = unfold_scale(
+            decode_deq_scale(tensors["deq_scale"]), tensors["input_scale"]
+        )
+        return scale if scale.shape == (1,) else scale[:, None]
+    if "weight_absmax" in tensors:
+        return tensors["weight_absmax"]
+    scale = tensors["weight_scale"]
+    return load_power(scale) if scale.dtype == np.uint8 else scale
+
+
+def _take(name: str, tensors: Mapping[str, np.ndarray], local: str, spec: TensorSpec) -> np.ndarray:
     """Return a tensor of a layer, checked."""
-    if key not in tensors:
-        raise FormatError(f"{name} has no {key}; its tensors are {', '.join(sorted(tensors))}")
-    tensor = tensors[key]
-    if tensor.dtype != dtype:
-        raise FormatError(f"{name}.{key} must be {np.dtype(dtype).name}, not {tensor.dtype}")
-    if shapes is not None and tensor.shape not in shapes:
-        wanted = " or ".join(str(shape) for shape in shapes)
-        raise FormatError(f"{name}.{key} must have shape {wanted}, not {tensor.shape}")
+    if local not in tensors:
+        raise FormatError(f"{name} has no {local}; its tensors are {', '.join(sorted(tensors))}")
+    tensor = tensors[local]
+    if tensor.dtype != spec.dtype:
+        raise FormatError(f"{name}.{local} must be {spec.dtype.name}, not {tensor.dtype}")
+    if tensor.shape != spec.shape:
+        raise FormatError(f"{name}.{local} must have shape {spec.shape}, not {tensor.shape}")
     return tensor

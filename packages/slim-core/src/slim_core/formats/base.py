@@ -30,6 +30,12 @@ class Format(ABC):
         """Return why a layer of this scheme and weight shape cannot be held, or None if it can."""
 
     @abstractmethod
+    def nbytes(
+        self, name: str, scheme: QuantScheme, shape: tuple[int, int], model_dtype: str
+    ) -> int:
+        """Return the bytes of a quantized layer in this format, without its float bias."""
+
+    @abstractmethod
     def encode(self, layer: QuantizedLinear) -> Tensors:
         """Return the tensors of a layer by their local names (``weight``, ``weight_scale``)."""
 
@@ -57,9 +63,13 @@ class Format(ABC):
         """Return the keys of the description that are not names of tensors."""
         return {}
 
+    def type_name(self, ascend_type: str) -> str:
+        """Return what this format calls an Ascend type."""
+        return ascend_type
+
     def entries(self, layer: QuantizedLinear, tensors: Tensors) -> dict[str, str]:
         """Return the type of each local tensor for the description."""
-        kind = layer.scheme.ascend_type
+        kind = self.type_name(layer.scheme.ascend_type)
         return {local: "FLOAT" if local == "bias" else kind for local in tensors}
 
 

@@ -22,6 +22,12 @@ class FloatFormat(Format):
         """Return None: every layer has a float form."""
         return None
 
+    def nbytes(
+        self, name: str, scheme: QuantScheme, shape: tuple[int, int], model_dtype: str
+    ) -> int:
+        """Return the bytes of the dequantized weight."""
+        return shape[0] * shape[1] * (4 if model_dtype == "float32" else 2)
+
     def encode(self, layer: QuantizedLinear) -> Tensors:
         """Return the dequantized weight and the bias."""
         tensors = {"weight": to_numpy(layer.dequantized()).astype(layer.model_dtype)}
