@@ -8,6 +8,8 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
@@ -74,6 +76,33 @@ ROTARY = {
         )
     ),
 }
+OLD = {
+    "vocab_size": 128,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 8,
+    "n_positions": 512,
+    "rotary_dim": 4,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+FALCON = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 3,
+    "vocab_size": 128,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+OWN_ATTENTION = {  # rotary models that do not call the attention interface of transformers
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**OLD)),
+    "codegen": lambda: CodeGenForCausalLM(CodeGenConfig(**OLD)),
+    "falcon_rotary": lambda: FalconForCausalLM(FalconConfig(**FALCON, multi_query=False)),
+    "falcon_rotary_mqa": lambda: FalconForCausalLM(FalconConfig(**FALCON)),
+    "falcon_rotary_new": lambda: FalconForCausalLM(
+        FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)
+    ),
+}
 ALIBI = {
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(
@@ -91,41 +120,10 @@ ALIBI = {
             eos_token_id=None,
         )
     ),
-    "falcon": lambda: FalconForCausalLM(
-        FalconConfig(
-            hidden_size=64,
-            num_attention_heads=8,
-            num_hidden_layers=3,
-            vocab_size=128,
-            alibi=True,
-            multi_query=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    ),
-    "falcon_mqa": lambda: FalconForCausalLM(
-        FalconConfig(
-            hidden_size=64,
-            num_attention_heads=8,
-            num_hidden_layers=3,
-            vocab_size=128,
-            alibi=True,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    ),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True, multi_query=False)),
+    "falcon_mqa": lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True)),
     "falcon_new": lambda: FalconForCausalLM(
-        FalconConfig(
-            hidden_size=64,
-            num_attention_heads=8,
-            num_hidden_layers=3,
-            vocab_size=128,
-            alibi=True,
-            new_decoder_architecture=True,
-            num_kv_heads=2,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
+        FalconConfig(**FALCON, alibi=True, new_decoder_architecture=True, num_kv_heads=2)
     ),
 }
 
@@ -187,6 +185,42 @@ def test_lossless_limit(name, lossless):
         scale = max(1.0, float(full.abs().max()))
         assert float((got[:, :240] - full[:, :240]).abs().max()) <= 1e-5 * scale
         assert float((got - full).abs().max()) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_models_with_an_attention_of_their_own(name):
+    model = build(OWN_ATTENTION[name])
+    ids = tokens(2, 120)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    kv_heads = len(everything(model.config)[0])
+    whole = RazorPolicy.from_profile(RetrievalHeads({0: [0]}), model.config, window=300)
+    short = RazorPolicy.from_profile(RetrievalHeads({1: [0]}), model.config, window=8)
+    for use in (None, mask):
+        real = mask.bool()
+        full = steps(model, ids, DynamicCache(config=model.config), 80, chunk=12, mask=use)
+        with razor(model, whole) as new_cache:
+            got = steps(model, ids, new_cache(), 80, chunk=12, mask=use)
+        assert float((got - full)[real].abs().max()) <= 1e-5 * max(1.0, float(full.abs().max()))
+    with razor(model, short) as new_cache:
+        cache = new_cache()
+        batch = steps(model, ids, cache, 80, chunk=12, mask=mask)
+        single = steps(model, ids[1:, 13:], new_cache(), 67, chunk=12)
+    assert float((batch[1, 13:] - single[0]).abs().max()) <= 1e-4
+    assert [row["groups"][0]["heads"] for row in cache.report()] == [
+        list(range(kv_heads)) if layer != 1 else [0] for layer in range(3)
+    ]
+    assert cache.nbytes() == predict(short, 120, batch=2, itemsize=4).razor
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon_rotary", "bloom"])
+def test_what_patched_models_refuse(name):
+    model = build({**OWN_ATTENTION, **ALIBI}[name])
+    profile = RetrievalHeads({}) if name != "bloom" else AlibiWindows(torch.full((8,), 9))
+    with razor(model, RazorPolicy.from_profile(profile, model.config)) as new_cache:
+        model.train()
+        with pytest.raises(StructureError, match="eval"):
+            model(tokens(1, 5), past_key_values=new_cache())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
@@ -351,7 +385,9 @@ def test_multi_turn(wired):
 
 
 def test_disable_restores_bits():
-    for maker in (ROTARY["llama"], ALIBI["bloom"]):
+    for maker in (
+        ROTARY["llama"], ALIBI["bloom"], OWN_ATTENTION["gptj"], OWN_ATTENTION["falcon_rotary"]
+    ):  # fmt: skip
         model = build(maker)
         ids = tokens(2, 40)
         implementation = model.config._attn_implementation
@@ -364,9 +400,8 @@ def test_disable_restores_bits():
         assert torch.equal(model(ids).logits, before)
         torch.testing.assert_close(inside, before, atol=1e-4, rtol=0)
         assert model.config._attn_implementation == implementation
-        assert "forward" not in vars(
-            next(m for m in model.modules() if "Attention" in str(type(m)))
-        )
+        attention = next(m for m in model.modules() if "Attention" in str(type(m)))
+        assert not {"forward", "_attn"} & vars(attention).keys()
 
 
 def test_enabled_model_works_with_other_caches():
@@ -433,12 +468,13 @@ def test_refusals(tmp_path):
         RazorCache(model.config, "win.pt")
     with pytest.raises(TypeError, match="config"):
         RazorCache({}, policy)
-    for other in (
-        GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1)),
-        GPTJForCausalLM(GPTJConfig(n_embd=16, n_head=2, n_layer=1, rotary_dim=8)),
-    ):
-        with pytest.raises(StructureError, match=type(other).__name__):
-            enable(other)
+    with pytest.raises(StructureError, match="GPT2LMHeadModel"):
+        enable(GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1)))
+    baichuan = LlamaForCausalLM(LlamaConfig(**SMALL))
+    baichuan.config.model_type = "baichuan"  # remote code with ALiBi and a cache of its own
+    baichuan.config.position_embedding_type = "alibi"
+    with pytest.raises(StructureError, match="BloomAttention, FalconAttention, MptAttention"):
+        enable(baichuan)
     windows = AlibiWindows(torch.full((8,), 9))
     with (
         razor(model, RazorPolicy.from_profile(windows, model.config)) as new_cache,

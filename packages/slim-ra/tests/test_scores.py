@@ -76,6 +76,16 @@ MODELS = {
     "falcon": lambda: FalconForCausalLM(
         FalconConfig(vocab_size=128, hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
     ),
+    "falcon_new": lambda: FalconForCausalLM(
+        FalconConfig(
+            vocab_size=128,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            new_decoder_architecture=True,
+            num_kv_heads=2,
+        )
+    ),
 }
 
 
@@ -138,6 +148,13 @@ def test_wired_heads_are_found(wired, implementation, seed):
     heads = select_heads(scores, induction_ratio=0.125, echo_ratio=0.125)
     assert heads.induction == {1: [1]}
     assert heads.echo == {1: [3]}
+
+
+def test_scores_are_those_of_the_true_kv_heads():
+    """Falcon repeats its KV heads before it attends; only the real ones are cached and scored."""
+    torch.manual_seed(0)
+    scores = search_heads(MODELS["falcon_new"]().eval(), unit_length=11)
+    assert scores.induction.shape == scores.echo.shape == (2, 2)
 
 
 def test_group_reduce_mean_halves_the_lone_head(wired):

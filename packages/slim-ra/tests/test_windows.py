@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from slim_ra import RACompressConfig, bound_windows, calibrated_windows, legacy_windows
-from slim_ra.alibi import alibi_modules, mpt_slopes, standard_slopes
+from slim_ra.alibi import mpt_slopes, standard_slopes
 from slim_ra.calibrated import needed_windows
+from slim_ra.families import alibi_modules
 from slim_ra.observe import observed
 from slim_ra.weights import alibi_weights
 from slim_ra.windows import windows_of_bound

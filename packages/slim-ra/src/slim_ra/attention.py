@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from slim_core.errors import StructureError
-from slim_ra.alibi import left_padding
 from slim_ra.layer import RazorLayer
 from slim_ra.lse import attention_lse, with_sink
+from slim_ra.padding import left_padding
 
 NAME = "slim_ra"
 
@@ -48,9 +48,8 @@ def razor_attention(
         raise StructureError("attention dropout is unsupported: call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, sink = kwargs.get("softcap"), kwargs.get("s_aux")
-    layer = getattr(key, "slim_ra_layer", None)
-    if isinstance(layer, RazorLayer):
-        del key.slim_ra_layer  # type: ignore[attr-defined]
+    layer = take_layer(key)
+    if layer is not None:
         if not getattr(module, "is_causal", True):
             raise StructureError(f"{type(module).__name__} is not causal")
         pads = _padding(attention_mask, layer.seen)
@@ -59,6 +58,15 @@ def razor_attention(
         window = kwargs.get("sliding_window")
         output = _exact(query, key, value, attention_mask, scale, window, softcap, sink)
     return output.transpose(1, 2).contiguous(), None
+
+
+def take_layer(key: Tensor) -> RazorLayer | None:
+    """Return the layer that ``update`` marked these keys with, and take the mark off."""
+    layer = getattr(key, "slim_ra_layer", None)
+    if not isinstance(layer, RazorLayer):
+        return None
+    del key.slim_ra_layer  # type: ignore[attr-defined]
+    return layer
 
 
 def razor_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -115,11 +115,13 @@ def _split(
     size = key.shape[1] // parts
     whole = parts * size
     shape = (parts, size)
-    part_bias = None if bias is None else bias[..., :whole].unflatten(-1, shape).transpose(1, 2)
+    part_bias = None
+    if bias is not None:
+        part_bias = torch.unflatten(bias[..., :whole], -1, shape).transpose(1, 2)
     output, lse = _kernel(
         query[:, None].expand(-1, parts, -1, -1),
-        key[:, :whole].unflatten(1, shape),
-        value[:, :whole].unflatten(1, shape),
+        torch.unflatten(key[:, :whole], 1, shape),
+        torch.unflatten(value[:, :whole], 1, shape),
         scale,
         False,
         part_bias,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slim_core.errors import StructureError
-from slim_ra.alibi import alibi_modules
+from slim_ra.families import Family, alibi_modules, family_modules
 from slim_ra.geometry import position_encoding, require_decoder, text_config
 from slim_ra.lse import attention_lse, with_sink
 
@@ -82,11 +82,13 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
         token = _observer.set(observer)
         stack.callback(_observer.reset, token)
         if encoding == "alibi":
-            stack.enter_context(_patched_alibi(model))
+            stack.enter_context(_patched_families(alibi_modules(model)))
+        elif families := family_modules(model):
+            stack.enter_context(_patched_families(families))
         elif uses_interface(model):
             _register_probe()
             stack.enter_context(attention_implementation(model, PROBE))
-        elif any(_has_attn(module) for module in model.modules()):
+        elif attn_modules(model):
             stack.enter_context(_patched_attn(model))
         else:
             stack.enter_context(_SdpaMode())
@@ -187,9 +189,9 @@ def _register_probe() -> None:
 
 
 @contextlib.contextmanager
-def _patched_alibi(model: nn.Module) -> Iterator[None]:
+def _patched_families(modules: list[tuple[Any, Family]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for index, (module, family) in enumerate(alibi_modules(model)):
+        for index, (module, family) in enumerate(modules):
 
             def forward(
                 *args: Any,
@@ -214,11 +216,8 @@ def _patched_alibi(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patched_attn(model: nn.Module) -> Iterator[None]:
-    """GPT-J and CodeGen compute attention in a method ``_attn(query, key, value, mask)``."""
     with contextlib.ExitStack() as stack:
-        modules: list[Any] = [module for module in model.modules() if _has_attn(module)]
-        for index, module in enumerate(modules):
-            scale = 1.0 / float(module.scale_attn)
+        for index, module in enumerate(attn_modules(model)):
 
             def attn(
                 query: Tensor,
@@ -226,7 +225,7 @@ def _patched_attn(model: nn.Module) -> Iterator[None]:
                 value: Tensor,
                 *args: Any,
                 _i: int = index,
-                _scale: float = scale,
+                _scale: float = 1.0 / float(module.scale_attn),
                 **kwargs: Any,
             ) -> tuple[Tensor, None]:
                 return report(_i, query, key, value, scale=_scale), None
@@ -235,8 +234,13 @@ def _patched_attn(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _has_attn(module: nn.Module) -> bool:
-    return hasattr(module, "_attn") and hasattr(module, "scale_attn")
+def attn_modules(model: nn.Module) -> list[Any]:
+    """Attention modules of GPT-J and CodeGen: they have ``_attn(query, key, value, mask)``."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "_attn") and hasattr(module, "scale_attn")
+    ]
 
 
 @contextlib.contextmanager

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from slim_core.errors import StructureError
 from slim_core.files import PathLike
-from slim_ra.alibi import Family, alibi_modules
-from slim_ra.attention import NAME, razor_attention, razor_mask
+from slim_ra.attention import NAME, razor_attention, razor_mask, take_layer
 from slim_ra.cache import RazorCache, enabled
-from slim_ra.geometry import position_encoding, require_decoder, text_config
+from slim_ra.families import Family, alibi_modules, family_modules
+from slim_ra.geometry import Encoding, position_encoding, require_decoder, text_config
 from slim_ra.layer import RazorLayer
-from slim_ra.observe import attention_implementation, replaced, uses_interface
+from slim_ra.observe import attention_implementation, attn_modules, replaced, uses_interface
+from slim_ra.padding import mask_padding
 from slim_ra.policy import RazorPolicy
 
 _undo: dict[int, contextlib.ExitStack] = {}
@@ -42,17 +44,16 @@ def enable(model: Any) -> None:
             hint="RazorAttention is defined for these two only",
         )
     with contextlib.ExitStack() as stack:
-        if encoding == "alibi":
-            for module, family in alibi_modules(model):
-                forward = _alibi_forward(module, family, module.forward)
-                stack.enter_context(replaced(module, "forward", forward))
-        elif uses_interface(model):
-            _register()
-            stack.enter_context(attention_implementation(model, NAME))
-        else:
+        patches = list(_patches(model, encoding))
+        for patch in patches:
+            stack.enter_context(patch)
+        if not patches and not uses_interface(model):
             raise StructureError(
                 f"{type(model).__name__} does not use the attention interface of transformers"
             )
+        if not patches:
+            _register()
+            stack.enter_context(attention_implementation(model, NAME))
         # The next layer notices one that did not attend; after the last there is only this hook.
         hook = model.base_model.register_forward_hook(_check_cache, with_kwargs=True)
         stack.callback(hook.remove)
@@ -121,19 +122,31 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, razor_mask)
 
 
-def _alibi_forward(module: Any, family: Family, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of one ALiBi attention module that knows RazorCache."""
-    slopes = family.slopes(module)
+def _patches(model: Any, encoding: Encoding) -> Iterator[AbstractContextManager[None]]:
+    """Yield what leads the attention of each module that does not use the interface."""
+    alibi = encoding == "alibi"
+    for module, family in alibi_modules(model) if alibi else family_modules(model):
+        forward = _family_forward(module, family, module.forward, alibi=alibi)
+        yield replaced(module, "forward", forward)
+    for module in attn_modules(model):
+        yield replaced(module, "_attn", _attn_method(module, module._attn))
+
+
+def _family_forward(
+    module: Any, family: Family, original: Callable[..., Any], *, alibi: bool
+) -> Callable[..., Any]:
+    """Make the forward of one attention module of a known family that knows RazorCache."""
+    slopes = family.slopes(module) if alibi else None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = family.call(module, args, kwargs)
         if not isinstance(call.cache, RazorCache):
             return original(*args, **kwargs)
+        _check_plain(module, **kwargs)
         layer: RazorLayer = call.cache.layers[module.layer_idx]
-        layer.alibi = True
-        layer.slopes = slopes
+        layer.alibi, layer.slopes = alibi, slopes
         query, key, value = family.project(call)
-        pads = _alibi_padding(family, call, layer.seen)
+        pads = None if layer.seen else family.padding(call)
         layer.update(key, value)
         columns = family.columns(call, layer.seen + key.shape[2])
         output = layer.attend(query, scale=family.scale(module), pads=pads, columns=columns)
@@ -143,5 +156,35 @@ def _alibi_forward(module: Any, family: Family, original: Callable[..., Any]) ->
     return forward
 
 
-def _alibi_padding(family: Family, call: Any, seen: int) -> Tensor | None:
-    return None if seen else family.padding(call)
+def _attn_method(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the ``_attn`` of GPT-J and CodeGen that knows RazorCache."""
+    scale = 1.0 / float(module.scale_attn)
+
+    def attn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+    ) -> Any:
+        layer = take_layer(key)
+        if layer is None:
+            more = () if head_mask is None else (head_mask,)
+            return original(query, key, value, attention_mask, *more)
+        _check_plain(module, head_mask=head_mask)
+        pads = None if layer.seen else mask_padding(attention_mask, key.shape[2])
+        return layer.attend(query, scale=scale, pads=pads).to(value.dtype), None
+
+    return attn
+
+
+def _check_plain(
+    module: Any, head_mask: Any = None, output_attentions: Any = None, **_: Any
+) -> None:
+    """Refuse what a RazorCache cannot do and would otherwise pass over in silence."""
+    if head_mask is not None:
+        raise StructureError("head masks are unsupported with a RazorCache")
+    if output_attentions:
+        raise StructureError("output_attentions needs whole attention matrices; they never exist")
+    if module.training:
+        raise StructureError("a RazorCache is for inference: call model.eval()")

@@ -175,7 +175,8 @@ class _Sums:
         self.full_layers: set[int] = set()
 
     def add(self, attention: Attention, *scores: Tensor) -> None:
-        kv_heads = attention.key.shape[1]
+        # Some models repeat their KV heads before they attend.
+        kv_heads = min(attention.key.shape[1], self.geometry.kv_heads)
         reduced = [
             self.reduce(score.reshape(len(score), kv_heads, -1)).sum(0).cpu() for score in scores
         ]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from slim_core.errors import StructureError
-from slim_ra.alibi import FAMILIES, standard_slopes
+from slim_ra.alibi import standard_slopes
+from slim_ra.families import FAMILIES
 from slim_ra.geometry import HeadGeometry, head_geometry, text_config
 
 _TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
