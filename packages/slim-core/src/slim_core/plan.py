@@ -195,6 +195,8 @@ def build_plan(
         problems.append(f"the description holds one group size, the recipe asks for {sizes}")
     if not calibrated and any(layer.scheme.is_static for layer in layers):
         problems.append("static activation schemes need calibration data, and there is none")
+    if not calibrated and (recipe.kv_cache or recipe.attention) is not None:
+        problems.append("int8 caches and attention need calibration data, and there is none")
     if not calibrated:
         unfed = {str(layer.method) for layer in layers if layer.needs_data}
         problems += [
@@ -202,11 +204,16 @@ def build_plan(
         ]
     if not linears:
         problems.append("the model has no linear layer in a decoder block")
-    elif not problems and all(layer.scheme.is_float for layer in layers):
+    elif (
+        not problems
+        and all(layer.scheme.is_float for layer in layers)
+        and recipe.kv_cache is None
+        and recipe.attention is None
+    ):
         problems.append("the recipe leaves every layer in floating point")
     if problems:
         raise PlanError(problems)
-    warnings = tuple(_warnings(layers, form, model_dtype))
+    warnings = (*_warnings(layers, form, model_dtype), *_attention_warnings(recipe))
     return Plan(layers, model_dtype, form.name, bytes_before, warnings)
 
 
@@ -291,6 +298,13 @@ def _unlike_groups(layers: tuple[LayerPlan, ...]) -> Iterable[str]:
                 f"{group} is run as one matrix by the engines, its layers must share one scheme"
                 f" ({listed})"
             )
+
+
+def _attention_warnings(recipe: Recipe) -> Iterable[str]:
+    if recipe.kv_cache is not None and not recipe.kv_cache.symmetric:
+        yield "an asymmetric cache is read by MindIE only (vllm-ascend drops offsets in decoding)"
+    if recipe.attention is not None:
+        yield "FAQuant attention is read by MindIE only"
 
 
 def _warnings(layers: tuple[LayerPlan, ...], form: Format, model_dtype: str) -> Iterable[str]:

@@ -10,6 +10,7 @@ Needs the extra ``recipes`` (pydantic and PyYAML).  Unknown keys are refused::
     smooth: {method: smoothquant, alpha: 0.5}
     observer: mean_minmax
     fallback: 2
+    kv_cache: {symmetric: true}           # int8; or attention: {}, int8 queries, keys and values
     format: ascend_v1
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -113,6 +114,25 @@ class Smooth(_Strict):
     alpha: float = Field(default=0.5, ge=0, le=1)
 
 
+class KVCache(_Strict):
+    """Int8 key-value cache with a scale a channel, and an offset if it is not symmetric."""
+
+    dtype: Literal["int8"] = "int8"
+    symmetric: bool = True
+
+
+class Attention(_Strict):
+    """Int8 queries, keys and values with a scale a head.
+
+    ``fallback`` is how many attention modules, the hardest, stay in floating point; ``exclude``
+    patterns of module names that do.
+    """
+
+    dtype: Literal["int8"] = "int8"
+    fallback: int = Field(default=0, ge=0)
+    exclude: tuple[str, ...] = ()
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of the output, but for the model and the data."""
 
@@ -123,7 +143,17 @@ class Recipe(_Strict):
     fallback: int = Field(default=0, ge=0)
     smooth: Smooth | None = None
     observer: ObserverKind = ObserverKind.MEAN_MINMAX
+    kv_cache: KVCache | None = None
+    attention: Attention | None = None
     format: Annotated[str, BeforeValidator(_parse_format)] = "ascend_v1"
+
+    @model_validator(mode="after")
+    def _one_of_cache_and_attention(self) -> Recipe:
+        if self.kv_cache is not None and self.attention is not None:
+            raise ValueError("kv_cache and attention exclude each other")
+        if self.format == "float" and (self.kv_cache or self.attention) is not None:
+            raise ValueError("the float format holds no quantized kv_cache or attention")
+        return self
 
     @classmethod
     def build(cls, **values: Any) -> Recipe:

@@ -37,7 +37,11 @@ class Prepared:
     def blockwise(self) -> bool:
         """Whether the model has to run."""
         recipe = self.recipe
-        return self.plan.needs_calibration or bool(recipe.fallback) or recipe.smooth is not None
+        return (
+            self.plan.needs_calibration
+            or bool(recipe.fallback)
+            or any(part is not None for part in (recipe.smooth, recipe.kv_cache, recipe.attention))
+        )
 
 
 def prepare(

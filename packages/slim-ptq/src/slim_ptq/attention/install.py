@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from slim_core.errors import StructureError
-from slim_core.logging import get_logger
 from slim_ptq.attention.fa_quantizer import FAQuantizer
 from slim_ptq.attention.hooking import hook, uses_attention_functions
 
-_log = get_logger("ptq")
+_QUIET = logging.Logger("slim_ptq.attention", logging.CRITICAL)  # transformers checked the config
 
 
 def find_quantizers(root: nn.Module) -> dict[str, FAQuantizer]:
@@ -56,7 +56,7 @@ def install_quantizers(
         if name in own:
             found[name] = own[name]
         elif uses_attention_functions(module):
-            found[name] = FAQuantizer(module.config, _log)
+            found[name] = FAQuantizer(module.config, _QUIET)
             hook(module, found[name])
         else:
             raise StructureError(

@@ -28,6 +28,7 @@ from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.inventory import Inventory
 from slim_ptq.observers import SpreadObserver
+from slim_ptq.pipeline.attention import BlockAttention
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.pipeline.inputs import by_block, score_inputs
 from slim_ptq.pipeline.quantizing import float_report, output_error, quantize_layer, write_layer
@@ -114,6 +115,7 @@ class _Job:
         self._recipe = recipe
         self._export = export
         self._layers = by_block(inventory, plan)
+        self._attention = BlockAttention(recipe, inventory, export)
         self._written: set[str] = set()
         self.reports: list[LayerReport] = []
         self.unsmoothed: tuple[str, ...] = ()
@@ -129,7 +131,8 @@ class _Job:
             self.unsmoothed += smooth_block(runner, block, index, path, self._recipe.smooth, floats)
         statistics = block_statistics(quantized, self._recipe.observer)
         watches = {name: stats.watch for name, stats in first_watchers(statistics).items()}
-        runner.advance(block, index, watches)
+        with self._attention.watching(runner, block, index):
+            runner.advance(block, index, watches)
         for local, plan in quantized.items():
             self._quantize(block.get_submodule(local), plan, statistics[local])
         self._write_others(block, path, quantized)
@@ -140,7 +143,8 @@ class _Job:
         ]
 
     def rest(self) -> None:
-        """Copy every tensor that does not belong to a block."""
+        """Write every tensor that does not belong to a block."""
+        self._attention.finish()
         for _, names in self._checkpoint.iter_shards():
             for name in names:
                 if name not in self._written:

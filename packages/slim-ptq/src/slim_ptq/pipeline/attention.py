@@ -1,0 +1,133 @@
+"""Caches and attention within the blockwise pipeline: measured on float blocks, then written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from slim_core.errors import StructureError
+from slim_core.export import CheckpointExport
+from slim_core.matching import match_all
+from slim_core.recipe import Recipe
+from slim_ptq.attention import FAQuantizer, check_called, install_quantizers
+from slim_ptq.attention.hooking import unhook
+from slim_ptq.attention.install import attention_modules
+from slim_ptq.attention.names import Named, cache_tensors, head_params, saved_module_name
+from slim_ptq.attention.ranking import hardest
+from slim_ptq.inventory import Inventory
+from slim_ptq.kv import CacheQuantizer, CacheRanges, cache_scheme, find_cache_sources
+from slim_ptq.pipeline.blocks import BlockRunner
+from slim_ptq.structure import find_linears
+from slim_ptq.tensors import to_numpy
+
+
+class BlockAttention:
+    """What a recipe asks for beyond linear layers.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        ``kv_cache`` or ``attention``, or neither.
+    inventory : Inventory
+    export : CheckpointExport
+        Caches are written with their block, attention at the end, when the ranking is known.
+    """
+
+    def __init__(self, recipe: Recipe, inventory: Inventory, export: CheckpointExport) -> None:
+        self._recipe = recipe
+        self._inventory = inventory
+        self._export = export
+        self._heads: dict[str, FAQuantizer] = {}
+        self._caches = 0
+        self._excluded: set[str] = set()
+        if recipe.attention is not None:
+            names = list(attention_modules(inventory.model, inventory.blocks))
+            hits = match_all("attention.exclude", recipe.attention.exclude, names)
+            self._excluded = {name for found in hits.values() for name in found}
+
+    @contextmanager
+    def watching(self, runner: BlockRunner, block: nn.Module, index: int) -> Iterator[None]:
+        """Measure a block while the context is open, during which it runs on all batches.
+
+        Raises
+        ------
+        StructureError
+            Its keys and values, or its attention, cannot be reached.
+        """
+        path = self._inventory.blocks[index]
+        if not attention_modules(block, [""]):  # a recurrent block of a hybrid model
+            yield
+        elif self._recipe.kv_cache is not None:
+            args, kwargs = runner.example(index)
+            sources = find_cache_sources(block, find_linears(block), lambda: block(*args, **kwargs))
+            ranges = CacheRanges(sources)
+            with ranges.watching(block):
+                yield
+            self._write_caches(path, ranges)
+        elif self._recipe.attention is not None:
+            yield from self._measure_heads(runner, block, index, path)
+        else:
+            yield
+
+    def finish(self) -> None:
+        """Write what could not be written with its block.
+
+        Raises
+        ------
+        StructureError
+            There was nothing to quantize.
+        """
+        if self._recipe.kv_cache is not None and not self._caches:
+            raise StructureError("the model has no attention, so there is no cache to quantize")
+        if self._recipe.attention is None:
+            return
+        if not self._heads:
+            raise StructureError("the model has no attention to quantize")
+        left_out = hardest(self._heads, self._recipe.attention.fallback)
+        for name, quantizer in self._heads.items():
+            if name not in left_out:
+                for part, (scale, _) in quantizer.params().items():
+                    self._write(head_params(name, part, scale))
+
+    def _write_caches(self, path: str, ranges: CacheRanges) -> None:
+        assert self._recipe.kv_cache is not None  # narrowing
+        scheme = cache_scheme(symmetric=self._recipe.kv_cache.symmetric)
+        for source in ranges.sources:
+            weight = self._inventory.rename(f"{path}.{source.linear}.weight")
+            name = weight.removesuffix(".weight")
+            params = ranges.params(source, scheme, name)
+            self._write(cache_tensors(name, CacheQuantizer(source.part, *params, source.channels)))
+            self._caches += 1
+
+    def _measure_heads(
+        self, runner: BlockRunner, block: nn.Module, index: int, path: str
+    ) -> Iterator[None]:
+        inside = f"{path}."
+        excluded = {n.removeprefix(inside) for n in self._excluded if n.startswith(inside)}
+        if not attention_modules(block, [""]).keys() - excluded:
+            yield
+            return
+        found = install_quantizers(block, [""], excluded)
+        for quantizer in found.values():
+            quantizer.observe()
+        args, kwargs = runner.example(index)
+        with torch.no_grad():
+            block(*args, **kwargs)
+        check_called(found)
+        for quantizer in found.values():
+            quantizer.observe()
+        yield
+        for local, quantizer in found.items():
+            self._heads[saved_module_name(block, local, self._renamer(path))] = quantizer
+            if quantizer.hooked:
+                unhook(block.get_submodule(local))
+
+    def _renamer(self, path: str) -> Callable[[str], str]:
+        return lambda local: self._inventory.rename(f"{path}.{local}")
+
+    def _write(self, tensors: Iterator[Named]) -> None:
+        for name, tensor, kind in tensors:
+            self._export.add_float(name, to_numpy(tensor), kind)
