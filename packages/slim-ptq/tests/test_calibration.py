@@ -133,7 +133,7 @@ class TestCapture:
         args, kwargs = first_call(model, blocks[0], ids[:1])
         with torch.no_grad():
             form = output_form(model.get_submodule(blocks[0])(*args, **kwargs))
-            calls = capture_calls(model, blocks, ids, form)
+            hidden, calls = capture_calls(model, blocks, ids, form)
             final: list[torch.Tensor] = []
             handle = model.get_submodule(blocks[-1]).register_forward_hook(
                 lambda _m, _i, out: final.append(out if torch.is_tensor(out) else out[0])
@@ -141,8 +141,8 @@ class TestCapture:
             model(ids)
             handle.remove()
             for index, name in enumerate(blocks):
-                calls.hidden = calls.run(model.get_submodule(name), index)
-        torch.testing.assert_close(calls.hidden, final[0])
+                hidden = calls.run(model.get_submodule(name), index, hidden)
+        torch.testing.assert_close(hidden, final[0])
 
 
 class TestObserved:

@@ -18,31 +18,28 @@ from torch import nn
 
 @dataclass(slots=True, eq=False)
 class BlockCalls:
-    """The arguments of all blocks for one batch.
+    """The arguments of all blocks for one batch, beside the hidden states.
 
     Parameters
     ----------
-    hidden : torch.Tensor
-        Input of the block that runs next, shape (rows, tokens, channels).
     args : list of tuple
         Further positional arguments, a block.
     kwargs : list of dict
-        Keyword arguments, a block, without the hidden states.
+        Keyword arguments, a block.
     """
 
-    hidden: torch.Tensor
     args: list[tuple[Any, ...]]
     kwargs: list[dict[str, Any]]
 
-    def run(self, block: nn.Module, index: int) -> torch.Tensor:
-        """Return the hidden states that a block gives for its input."""
-        return first_tensor(block(self.hidden, *self.args[index], **self.kwargs[index]))
+    def run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states that a block gives for these, (rows, tokens, channels)."""
+        return first_tensor(block(hidden, *self.args[index], **self.kwargs[index]))
 
 
 def capture_calls(
     model: nn.Module, blocks: Sequence[str], ids: torch.Tensor, like: Any
-) -> BlockCalls:
-    """Return what the blocks are called with on a batch of token ids.
+) -> tuple[torch.Tensor, BlockCalls]:
+    """Return the input of the first block for a batch of token ids, and the further arguments.
 
     Parameters
     ----------
@@ -65,7 +62,7 @@ def capture_calls(
 
     with _forward_replaced(model, blocks, note), contextlib.suppress(_Stop), torch.no_grad():
         model(ids, use_cache=False)
-    return BlockCalls(start[0], [args for args, _ in calls], [kwargs for _, kwargs in calls])
+    return start[0], BlockCalls([args for args, _ in calls], [kwargs for _, kwargs in calls])
 
 
 def first_call(

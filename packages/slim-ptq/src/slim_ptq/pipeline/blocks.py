@@ -17,6 +17,7 @@ from slim_ptq.calibration.capture import (
     first_call,
     output_form,
 )
+from slim_ptq.calibration.hidden import HiddenStates
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.inventory import Inventory
 from slim_ptq.loading import load_on_use, load_parameters, unload_parameters
@@ -35,10 +36,17 @@ class BlockRunner:
     data : CalibrationData
     device : torch.device
         On which blocks run; on the CPU they compute in float32.
+    hidden : HiddenStates, optional
+        Where the hidden states between blocks are held: in memory if not given.
+
+    Raises
+    ------
+    CheckpointError
+        ``hidden`` is to go on from a state, and its files do not fit the data.
 
     Notes
     -----
-    In memory are the embeddings, one block, and one hidden state a batch.
+    In memory are the embeddings, one block, and one hidden state a batch unless they are on disk.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class BlockRunner:
         inventory: Inventory,
         data: CalibrationData,
         device: torch.device,
+        hidden: HiddenStates | None = None,
     ) -> None:
         if inventory.model is None:
             raise StructureError("the blocks of a model can run only if its code is known")
@@ -57,7 +66,10 @@ class BlockRunner:
         dtype: torch.dtype = getattr(torch, inventory.model_dtype)
         self.dtype = torch.float32 if device.type == "cpu" else dtype
         self._sequence_first = False
+        self._hidden = HiddenStates() if hidden is None else hidden
         self._calls = self._capture(data)
+        if self._hidden.is_resumed:
+            self._hidden.restore()
 
     def __len__(self) -> int:
         return len(self._inventory.blocks)
@@ -77,13 +89,13 @@ class BlockRunner:
     def example(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a block for the first batch."""
         calls = self._calls[0]
-        return (calls.hidden, *calls.args[index]), calls.kwargs[index]
+        return (self._hidden[0], *calls.args[index]), calls.kwargs[index]
 
     def look(self, block: nn.Module, index: int) -> None:
         """Run a block on all batches for what hooks see of it; its outputs are dropped."""
         with torch.no_grad():
-            for calls in self._calls:
-                calls.run(block, index)
+            for calls, hidden in zip(self._calls, self._hidden, strict=True):
+                calls.run(block, index, hidden)
 
     def advance(self, block: nn.Module, index: int, watches: Mapping[str, Watch]) -> None:
         """Run a block on all batches; its outputs become the inputs of the next one.
@@ -99,7 +111,7 @@ class BlockRunner:
         NumericalError
             The output of the block is NaN or infinite.
         """
-        hidden = self._calls[0].hidden
+        hidden = self._hidden[0]
 
         def hook(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _module, inputs: watch(self._by_rows(inputs[0], hidden))
@@ -110,13 +122,18 @@ class BlockRunner:
         ]
         try:
             with torch.no_grad():
-                for calls in self._calls:
-                    hidden = calls.hidden
-                    calls.hidden = calls.run(block, index)
+                for batch, calls in enumerate(self._calls):
+                    hidden = self._hidden[batch]
+                    output = calls.run(block, index, hidden)
+                    self._check(output, index)
+                    self._hidden.put(batch, output)
         finally:
             for handle in handles:
                 handle.remove()
-        if not all(bool(torch.isfinite(calls.hidden).all()) for calls in self._calls):
+        self._hidden.advance()
+
+    def _check(self, output: torch.Tensor, index: int) -> None:
+        if not bool(torch.isfinite(output).all()):
             raise NumericalError(
                 f"the output of {self._inventory.blocks[index]} is NaN or infinite",
                 hint="the float model itself overflows on this calibration data",
@@ -132,10 +149,12 @@ class BlockRunner:
             self._sequence_first = args[0].ndim == 3 and args[0].shape[0] != 1
             with self.loaded(0) as block, torch.no_grad():
                 form = output_form(block(*args, **kwargs))
-            return [
-                capture_calls(self._model, blocks, ids.to(self._device), form)
-                for ids in data.batches
-            ]
+            found = []
+            for ids in data.batches:
+                hidden, calls = capture_calls(self._model, blocks, ids.to(self._device), form)
+                self._hidden.append(hidden)
+                found.append(calls)
+            return found
         finally:
             for handle in handles:
                 handle.remove()
