@@ -29,6 +29,7 @@ from slim_ptq.commands.options import (
     quiet_loading,
     show_errors,
 )
+from slim_ptq.commands.tune import tune
 
 app = typer.Typer(
     help="Quantize Hugging Face language models for Ascend and other engines.",
@@ -177,6 +178,7 @@ def dequantize(
 
 app.command()(analyze)
 app.command()(evaluate)
+app.command()(tune)
 app.command("eval", hidden=True)(evaluate)  # the short name
 
 

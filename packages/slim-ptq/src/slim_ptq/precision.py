@@ -159,6 +159,7 @@ class TaskData:
         if samples is not None:
             check_int("samples", samples, low=1)
         self.task = task
+        self._settings = {"task": task, "shot": shot, "samples": samples, "window": window}
         self.metric = PERPLEXITY if kind == PERPLEXITY else "accuracy"
         self._window = check_int("window", window, low=2)
         self._text = read_text(path) if kind == PERPLEXITY else ""
@@ -167,6 +168,10 @@ class TaskData:
         if self._task is not None:
             self._questions = self._task.load(path)[:samples]
             self._task.check_answers(self._questions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that decide what is measured, but for the data itself."""
+        return dict(self._settings)
 
     def measure(self, scorer: Scorer) -> Precision:
         """Return what a model reaches."""
