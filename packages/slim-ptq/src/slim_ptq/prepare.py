@@ -19,6 +19,7 @@ from slim_ptq.calibration.text import CalibrationData, read_calibration, texts_t
 from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
 from slim_ptq.limits import check_tokens, within_positions
 from slim_ptq.methods import PtqMethods
+from slim_ptq.pipeline.attention import attention_of
 
 _log = get_logger("ptq")
 
@@ -101,6 +102,7 @@ def prepare(
         raise PlanError(["fallback and smoothing need calibration data, and there is none"])
     if job.blockwise and inventory.model is None:
         raise PlanError(["the model has to run, and transformers does not know it"])
+    attention_of(resolved, inventory)  # attention that cannot be reached is said before any work
     return job
 
 

@@ -23,12 +23,27 @@ def find_quantizers(root: nn.Module) -> dict[str, FAQuantizer]:
     }
 
 
-def install_quantizers(
-    root: nn.Module, blocks: Iterable[str], disabled: Collection[str] = ()
-) -> dict[str, FAQuantizer]:
-    """Give every attention module of the decoder blocks a quantizer.
+def install_quantizers(root: nn.Module, names: Iterable[str]) -> dict[str, FAQuantizer]:
+    """Give attention modules a quantizer; those that make one themselves keep it.
 
-    Modules that make one themselves keep it.
+    Parameters
+    ----------
+    names : iterable of str
+        Attention modules below ``root`` that :func:`reachable_attention` returned.
+    """
+    own = find_quantizers(root)
+    found: dict[str, FAQuantizer] = {}
+    for name in names:
+        found[name] = own.get(name) or FAQuantizer(root.get_submodule(name).config, _QUIET)
+        if name not in own:
+            hook(root.get_submodule(name), found[name])
+    return found
+
+
+def reachable_attention(
+    root: nn.Module, blocks: Iterable[str], disabled: Collection[str] = ()
+) -> list[str]:
+    """Return the names of the attention modules of the decoder blocks that are to be quantized.
 
     Parameters
     ----------
@@ -37,11 +52,6 @@ def install_quantizers(
     disabled : collection of str
         Attention modules that stay in floating point.
 
-    Returns
-    -------
-    dict
-        The quantizers by the name of the attention module; not those of disabled modules.
-
     Raises
     ------
     StructureError
@@ -49,40 +59,41 @@ def install_quantizers(
         transformers, or there is no attention module.
     """
     own = find_quantizers(root)
-    found: dict[str, FAQuantizer] = {}
-    for name, module in attention_modules(root, blocks).items():
-        if name in disabled:
-            continue
-        if name in own:
-            found[name] = own[name]
-        elif uses_attention_functions(module):
-            found[name] = FAQuantizer(module.config, _QUIET)
-            hook(module, found[name])
-        else:
+    modules = attention_modules(root, blocks)
+    found = [name for name in modules if name not in disabled]
+    for name in found:
+        if name not in own and not uses_attention_functions(modules[name]):
             raise StructureError(
-                f"{name} ({type(module).__name__}) does not use the attention functions of "
+                f"{name} ({type(modules[name]).__name__}) does not use the attention functions of "
                 "transformers, so its queries, keys and values cannot be reached",
-                hint="call a FAQuantizer in its code, or name it in disable_names",
+                hint="call a FAQuantizer in its code, or leave it out by disable_names "
+                "(attention.exclude in a recipe)",
             )
     if not found:
         raise StructureError(f"{type(root).__name__} has no attention module to quantize")
     return found
 
 
-def check_called(quantizers: dict[str, FAQuantizer]) -> None:
+def check_called(quantizers: dict[str, FAQuantizer], prefix: str = "") -> None:
     """Require that every quantizer has seen queries, keys and values.
+
+    Parameters
+    ----------
+    prefix : str
+        Put before the names, for messages.
 
     Raises
     ------
     StructureError
         Lists the quantizers that did not.
     """
-    silent = {name: found.missing for name, found in quantizers.items() if found.missing}
+    silent = {prefix + name: found.missing for name, found in quantizers.items() if found.missing}
     if silent:
         listed = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in silent.items())
         raise StructureError(
             f"FAQuantizer.quant was not called for {listed}",
-            hint="call it for q, k and v in the attention module, or name it in disable_names",
+            hint="call it for q, k and v in the attention module, or leave it out by disable_names "
+            "(attention.exclude in a recipe)",
         )
 
 

@@ -11,7 +11,7 @@ from slim_core.errors import CalibrationError
 from slim_core.logging import get_logger
 from slim_ptq.attention.fa_quantizer import FAQuantizer
 from slim_ptq.attention.hooking import unhook
-from slim_ptq.attention.install import check_called, install_quantizers
+from slim_ptq.attention.install import check_called, install_quantizers, reachable_attention
 from slim_ptq.attention.ranking import hardest
 from slim_ptq.calibration.samples import Sample, feed, run_sample, shortest
 from slim_ptq.config import QuantConfig
@@ -82,8 +82,8 @@ class ModelAttention:
             with self._ranges.watching(model):
                 self._feed("Measuring keys and values")
         elif self._cfg.use_fa_quant:
-            blocks = find_blocks(model)
-            self._heads = install_quantizers(model, blocks, self._disabled)
+            names = reachable_attention(model, find_blocks(model), self._disabled)
+            self._heads = install_quantizers(model, names)
             for quantizer in self._heads.values():
                 quantizer.observe()
             with torch.no_grad():  # what is not called is said before the long run

@@ -11,7 +11,11 @@ from torch import nn
 
 from slim_core.attention_types import Params, read_attention
 from slim_core.errors import FormatError, StructureError
-from slim_ptq.attention.install import attention_modules, install_quantizers
+from slim_ptq.attention.install import (
+    attention_modules,
+    install_quantizers,
+    reachable_attention,
+)
 from slim_ptq.attention.names import saved_module_name
 from slim_ptq.kv import CacheQuantizer, attach, find_cache_sources
 from slim_ptq.tensors import from_numpy
@@ -95,7 +99,8 @@ def _restore_heads(
     if unknown:
         raise StructureError(f"the model has no attention {min(unknown)}, which is described")
     others = [path for path, name in names.items() if name not in attentions]
-    for path, quantizer in install_quantizers(model, [""], others).items():
+    paths = reachable_attention(model, [""], others)
+    for path, quantizer in install_quantizers(model, paths).items():
         scales = {
             part.removeprefix("fa_"): from_numpy(scale)
             for part, (scale, _) in attentions[names[path]].items()

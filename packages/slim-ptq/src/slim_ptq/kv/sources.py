@@ -42,7 +42,7 @@ class CacheSource:
 
 
 def find_cache_sources(
-    root: nn.Module, linears: Iterable[str], run: Callable[[], Any]
+    root: nn.Module, linears: Iterable[str], run: Callable[[], Any], prefix: str = ""
 ) -> tuple[CacheSource, ...]:
     """Return the sources of the keys and the values of every attention, in order of execution.
 
@@ -56,6 +56,8 @@ def find_cache_sources(
         Names of the linear layers below ``root``, quantized or not.
     run : callable
         Runs ``root`` on some input; a few tokens are enough.
+    prefix : str
+        Put before the names of layers in messages.
 
     Raises
     ------
@@ -63,7 +65,7 @@ def find_cache_sources(
         No attention was seen, or its keys and values do not each come from one linear layer, as in
         multi-head latent attention.
     """
-    search = _Search()
+    search = _Search(prefix)
     handles = [
         root.get_submodule(name).register_forward_hook(search.hook(name)) for name in linears
     ]
@@ -78,7 +80,7 @@ def find_cache_sources(
     finally:
         for handle in handles:
             handle.remove()
-    if not search.sources:
+    if not search.attentions:
         raise StructureError(
             f"no attention was seen in {type(root).__name__}, so its keys and values are not known",
             hint="load the model with attn_implementation='sdpa' or 'eager'",
@@ -89,8 +91,10 @@ def find_cache_sources(
 class _Search:
     """The leaves since the last attention, and what was found."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self.attentions = 0
         self.sources: list[CacheSource] = []
+        self._prefix = prefix
         self._leaves: dict[str, torch.Tensor] = {}
 
     def hook(self, name: str) -> Any:
@@ -102,20 +106,24 @@ class _Search:
 
     def attention(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Take in an attention."""
+        self.attentions += 1
         found = [self._channels(key), self._channels(value)]
         self._leaves.clear()
         if not any(found):
             return
         for what, sources in zip(("keys", "values"), found, strict=True):
             if len(sources) != 1:
+                listed = ", ".join(self._prefix + name for name in sources) or "none"
                 raise StructureError(
                     f"the {what} of an attention come from {len(sources)} linear layers "
-                    f"({', '.join(sources) or 'none'}), and a cache quantized to int8 needs one",
+                    f"({listed}), and a cache quantized to int8 needs one",
                     hint="multi-head latent attention has no int8 cache",
                 )
         (key_linear, keys), (value_linear, values) = (next(iter(f.items())) for f in found)
         if key_linear == value_linear and bool((keys & values).any()):
-            raise StructureError(f"{key_linear} gives keys and values in the same channels")
+            raise StructureError(
+                f"{self._prefix}{key_linear} gives keys and values in the same channels"
+            )
         for part, linear, used in zip(
             PARTS, (key_linear, value_linear), (keys, values), strict=True
         ):

@@ -12,9 +12,14 @@ from slim_core.errors import StructureError
 from slim_core.export import CheckpointExport
 from slim_core.matching import match_all
 from slim_core.recipe import Recipe
-from slim_ptq.attention import FAQuantizer, check_called, install_quantizers
+from slim_ptq.attention import (
+    FAQuantizer,
+    attention_modules,
+    check_called,
+    install_quantizers,
+    reachable_attention,
+)
 from slim_ptq.attention.hooking import unhook
-from slim_ptq.attention.install import attention_modules
 from slim_ptq.attention.names import Named, cache_tensors, head_params, saved_module_name
 from slim_ptq.attention.ranking import hardest
 from slim_ptq.inventory import Inventory
@@ -42,11 +47,7 @@ class BlockAttention:
         self._export = export
         self._heads: dict[str, FAQuantizer] = {}
         self._caches = 0
-        self._excluded: set[str] = set()
-        if recipe.attention is not None:
-            names = list(attention_modules(inventory.model, inventory.blocks))
-            hits = match_all("attention.exclude", recipe.attention.exclude, names)
-            self._excluded = {name for found in hits.values() for name in found}
+        self._names = attention_of(recipe, inventory)
 
     @contextmanager
     def watching(self, runner: BlockRunner, block: nn.Module, index: int) -> Iterator[None]:
@@ -62,7 +63,9 @@ class BlockAttention:
             yield
         elif self._recipe.kv_cache is not None:
             args, kwargs = runner.example(index)
-            sources = find_cache_sources(block, find_linears(block), lambda: block(*args, **kwargs))
+            sources = find_cache_sources(
+                block, find_linears(block), lambda: block(*args, **kwargs), f"{path}."
+            )
             ranges = CacheRanges(sources)
             with ranges.watching(block):
                 yield
@@ -84,8 +87,6 @@ class BlockAttention:
             raise StructureError("the model has no attention, so there is no cache to quantize")
         if self._recipe.attention is None:
             return
-        if not self._heads:
-            raise StructureError("the model has no attention to quantize")
         left_out = hardest(self._heads, self._recipe.attention.fallback)
         for name, quantizer in self._heads.items():
             if name not in left_out:
@@ -106,17 +107,14 @@ class BlockAttention:
         self, runner: BlockRunner, block: nn.Module, index: int, path: str
     ) -> Iterator[None]:
         inside = f"{path}."
-        excluded = {n.removeprefix(inside) for n in self._excluded if n.startswith(inside)}
-        if not attention_modules(block, [""]).keys() - excluded:
-            yield
-            return
-        found = install_quantizers(block, [""], excluded)
+        names = [n.removeprefix(inside) for n in self._names if n.startswith(inside)]
+        found = install_quantizers(block, names)
         for quantizer in found.values():
             quantizer.observe()
         args, kwargs = runner.example(index)
-        with torch.no_grad():
+        with torch.no_grad():  # what is not called is said before the long run
             block(*args, **kwargs)
-        check_called(found)
+        check_called(found, inside)
         for quantizer in found.values():
             quantizer.observe()
         yield
@@ -131,3 +129,21 @@ class BlockAttention:
     def _write(self, tensors: Iterator[Named]) -> None:
         for name, tensor, kind in tensors:
             self._export.add_float(name, to_numpy(tensor), kind)
+
+
+def attention_of(recipe: Recipe, inventory: Inventory) -> list[str]:
+    """Return the names of the attention modules that a recipe quantizes.
+
+    Raises
+    ------
+    PatternError
+        A pattern of ``attention.exclude`` matches no attention module.
+    StructureError
+        The queries, keys and values of a module cannot be reached.
+    """
+    if recipe.attention is None or inventory.model is None:
+        return []
+    names = list(attention_modules(inventory.model, inventory.blocks))
+    hits = match_all("attention.exclude", recipe.attention.exclude, names)
+    excluded = {name for found in hits.values() for name in found}
+    return reachable_attention(inventory.model, inventory.blocks, excluded)
