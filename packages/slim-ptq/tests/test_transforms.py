@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slim_core.errors import CalibrationError, InvalidValueError, NumericalError
+from slim_core.scheme import FLOAT, QuantScheme
 from slim_ptq.structure import (
     Link,
     LinkKind,
     NormForm,
     Target,
     find_blocks,
+    find_linears,
     find_routers,
     trace_block,
     unfuse_experts,
@@ -24,6 +26,7 @@ from slim_ptq.structure import (
 from slim_ptq.transforms import (
     ChannelStats,
     LinkStatistics,
+    Reader,
     SmoothQuant,
     ThresholdSmooth,
     scale_link,
@@ -32,6 +35,9 @@ from slim_ptq.transforms import (
     smoothed_norms,
     suppress_block,
 )
+from slim_ptq.transforms.error import LinkError
+
+W8A8 = QuantScheme.parse("w8a8")
 
 # Norms of these compute in the type of the model; the others go through float32.
 FULL_PRECISION = ["phi", "gpt2", "gpt_neox", "bloom", "falcon", "opt"]
@@ -42,6 +48,10 @@ def block_of(model, capture_block, ids):
     name = find_blocks(model)[0]
     args, kwargs = capture_block(model, name, ids)
     return model.get_submodule(name), args, kwargs
+
+
+def schemes_of(block):
+    return dict.fromkeys(find_linears(block), W8A8)
 
 
 def output(block, args, kwargs):
@@ -208,17 +218,19 @@ def test_the_threshold_search_scales_outliers_and_not_the_rest():
     weights = [torch.randn(24, 32, generator=generator) * 0.1]
     x[:, [3, 17]] *= 100.0
     weights[0][:, [3, 17]] /= 100.0
+    readers = [Reader(weight, W8A8) for weight in weights]
     method, link = ThresholdSmooth(), plain_link(32)
-    scales = method.scales(link, statistics_of(x), weights)
-    assert torch.equal(scales, method.scales(link, statistics_of(x), weights))
+    scales = method.scales(link, statistics_of(x), readers)
+    assert torch.equal(scales, method.scales(link, statistics_of(x), readers))
     assert set(torch.nonzero(scales > 5).flatten().tolist()) == {3, 17}
-    with_scales = method._error(scales, statistics_of(x), weights)
-    assert with_scales < 0.05 * method._error(torch.ones(32), statistics_of(x), weights)
+    error = LinkError(link, statistics_of(x), readers)
+    assert error(scales) < 0.05 * error(torch.ones(32))
 
 
 def test_the_threshold_search_may_leave_everything_alone():
     x = torch.ones(10, 4)
-    scales = ThresholdSmooth().scales(plain_link(4), statistics_of(x), [torch.eye(4)])
+    readers = [Reader(torch.eye(4), W8A8)]
+    scales = ThresholdSmooth().scales(plain_link(4), statistics_of(x), readers)
     assert torch.equal(scales, torch.ones(4))
 
 
@@ -236,7 +248,8 @@ def test_one_block_is_suppressed_with_its_own_statistics(
     expected = output(block, args, kwargs)
     with LinkStatistics(block, links, tokens=method.tokens) as statistics:
         output(block, args, kwargs)
-    done = suppress_block(block, links, statistics, method)
+    done, skipped = suppress_block(block, links, statistics, method, schemes_of(block))
+    assert skipped == ()
     assert [item.source for item in done] == [link.source for link in links]
     torch.testing.assert_close(output(block, args, kwargs), expected, rtol=1e-5, atol=1e-6)
     assert smoothed_norms(block) == {"input_layernorm", "post_attention_layernorm"}
@@ -255,9 +268,13 @@ def test_layers_that_stay_float_have_no_say(tiny_model, capture_block, tiny_ids)
     with LinkStatistics(block, links) as statistics:
         output(block, args, kwargs)
     absmax = statistics.of["input_layernorm"].absmax
-    assert suppress_block(block, links, statistics, SmoothQuant(), float_layers=readers) == ()
+    done, (skipped,) = suppress_block(block, links, statistics, SmoothQuant(), {})
+    assert done == ()
+    assert skipped.targets == readers
+    assert skipped.reason == "all its readers stay in floating point"
     columns = block.self_attn.q_proj.weight.detach().abs().amax(0)
-    done = suppress_block(block, links, statistics, SmoothQuant(), float_layers=readers[1:])
+    schemes = {readers[0]: W8A8, readers[1]: FLOAT}
+    done, _ = suppress_block(block, links, statistics, SmoothQuant(), schemes)
     torch.testing.assert_close(done[0].scales, (absmax / columns).sqrt())
 
 
@@ -280,7 +297,7 @@ def test_routers_choose_the_same_experts_in_half_precision(
     )
     with LinkStatistics(block, links) as statistics:
         output(block, args, kwargs)
-    suppress_block(block, links, statistics, SmoothQuant())
+    suppress_block(block, links, statistics, SmoothQuant(), schemes_of(block))
     output(block, args, kwargs)
     assert torch.equal(*logits)
 
@@ -294,7 +311,9 @@ def test_nan_in_a_weight_or_an_activation_names_the_layer(tiny_model, capture_bl
     with torch.no_grad():
         block.mlp.up_proj.weight[1, 1] = float("inf")
     with pytest.raises(NumericalError, match=r"weight of model\.layers\.0\.mlp\.up_proj has 1"):
-        suppress_block(block, links, statistics, SmoothQuant(), prefix="model.layers.0")
+        suppress_block(
+            block, links, statistics, SmoothQuant(), schemes_of(block), prefix="model.layers.0"
+        )
     with (
         LinkStatistics(block, links, prefix="model.layers.0"),
         pytest.raises(NumericalError, match=r"input of model\.layers\.0\.mlp\.down_proj has"),

@@ -57,6 +57,10 @@ def _parse_method(value: Any) -> MethodSpec:
         raise ValueError(str(error)) from error
 
 
+def _parse_smooth(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
 def _parse_format(value: Any) -> str:
     try:
         return check_choice("format", value, FORMATS)
@@ -84,6 +88,30 @@ class SmoothMethod(str, Enum):
 
     SMOOTHQUANT = "smoothquant"  # all channels, arXiv:2211.10438
     THRESHOLD = "threshold"  # channels beyond a searched threshold, after arXiv:2304.09145
+    AWQ = "awq"  # a searched power of the mean activation, arXiv:2306.00978
+    ITERATIVE = "iterative"  # all channels, strongly, over every kind of link
+    CBQ = "cbq"  # channels found to be outliers, arXiv:2312.07950
+    FLEX = "flex"  # shares of activation and weight searched for each link
+    ALPHA_SEARCH = "alpha_search"  # one share searched for each link
+
+
+class SmoothLink(str, Enum):
+    """Pairs of layers between which scales can be moved."""
+
+    NORM_LINEAR = "norm->linear"
+    V_O = "v->o"
+    UP_DOWN = "up->down"
+
+
+_SMOOTH_OPTIONS: dict[SmoothMethod, tuple[str, ...]] = {
+    SmoothMethod.SMOOTHQUANT: ("alpha", "shift"),
+    SmoothMethod.THRESHOLD: ("alpha",),
+    SmoothMethod.AWQ: (),
+    SmoothMethod.ITERATIVE: ("alpha", "shift"),
+    SmoothMethod.CBQ: (),
+    SmoothMethod.FLEX: ("alpha", "beta"),
+    SmoothMethod.ALPHA_SEARCH: ("shift",),
+}
 
 
 class _Strict(BaseModel):
@@ -108,10 +136,31 @@ class Rule(_Strict):
 
 
 class Smooth(_Strict):
-    """Outlier suppression; ``alpha`` is the share of the activation in the migration."""
+    """Outlier suppression before weights are quantized; what is left out is up to the method.
+
+    ``alpha`` and ``beta`` are the shares of the activation and of the weight in the migration.
+    ``shift`` also moves the middle of each channel out of norms, where the layers behind can hold
+    it.  ``links`` are the pairs of layers that scales are moved between, ``exclude`` patterns of
+    layers whose links are left alone.
+    """
 
     method: SmoothMethod = SmoothMethod.SMOOTHQUANT
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    beta: float | None = Field(default=None, ge=0, le=1)
+    shift: bool | None = None
+    links: tuple[SmoothLink, ...] | None = Field(default=None, min_length=1)
+    exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Smooth:
+        taken = _SMOOTH_OPTIONS[self.method]
+        for name in ("alpha", "beta", "shift"):
+            if getattr(self, name) is not None and name not in taken:
+                known = f"takes {' and '.join(taken)}" if taken else "has no such option"
+                raise ValueError(f"{name} goes with other methods; {self.method.value} {known}")
+        if self.method is SmoothMethod.FLEX and (self.alpha is None) != (self.beta is None):
+            raise ValueError("flex takes both alpha and beta, or searches both")
+        return self
 
 
 class KVCache(_Strict):
@@ -141,7 +190,7 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...] = ()
     exclude: tuple[str, ...] = ()
     fallback: int = Field(default=0, ge=0)
-    smooth: Smooth | None = None
+    smooth: Annotated[Smooth, BeforeValidator(_parse_smooth)] | None = None
     observer: ObserverKind = ObserverKind.MEAN_MINMAX
     kv_cache: KVCache | None = None
     attention: Attention | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from slim_ptq.attention.restore import restore_attention
 from slim_ptq.devices import torch_device
 from slim_ptq.loading import empty_model, load_parameters
 from slim_ptq.modules import FakeQuantLinear, on_device
-from slim_ptq.structure import checkpoint_names, find_linears, unfuse_experts
+from slim_ptq.structure import checkpoint_names, find_linears, is_linear, unfuse_experts
+from slim_ptq.structure.norms import is_norm_like
 from slim_ptq.tensors import from_numpy
+from slim_ptq.transforms import add_bias
 
 
 def load_model(path: PathLike, *, device: str = "cpu", trust_remote_code: bool = False) -> Any:
@@ -73,7 +76,7 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
             setattr(model.get_submodule(parent), leaf, FakeQuantLinear(layer, dtype))
     if left:
         raise StructureError(f"the model has no layer {next(iter(left))}, which is described")
-    _refuse_norm_bias(stored)
+    _add_biases(model, stored, rename, device, dtype)
     tied = _tied_names(model)
     for path, module in model.named_modules():
         if path not in tied and not isinstance(module, FakeQuantLinear):
@@ -106,8 +109,19 @@ def _tied_names(model: Any) -> set[str]:
     return {path for path, module in model.named_modules() if module is head}
 
 
-def _refuse_norm_bias(stored: QuantizedCheckpoint) -> None:
-    """Require that norms have no shift, which the model class could not hold."""
-    for name in stored.norm_extras:
-        if name.endswith(".bias") and stored.checkpoint.load(name).any():
-            raise StructureError(f"{name} shifts a norm, which the model class cannot do")
+def _add_biases(
+    model: Any,
+    stored: QuantizedCheckpoint,
+    rename: Callable[[str], str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give norms and float layers the biases of outlier suppression that their class lacks."""
+    for path, module in model.named_modules():
+        if not is_linear(module) and not is_norm_like(module):
+            continue
+        name = rename(f"{path}.weight").removesuffix("weight") + "bias"
+        if getattr(module, "bias", None) is None and name in stored.checkpoint.tensors:
+            values = from_numpy(stored.checkpoint.load(name))
+            if values.any():
+                add_bias(module, values.to(device, dtype))

@@ -20,6 +20,7 @@ from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
 from slim_ptq.limits import check_tokens, within_positions
 from slim_ptq.methods import PtqMethods
 from slim_ptq.pipeline.attention import attention_of
+from slim_ptq.pipeline.smoothing import excluded_layers
 
 _log = get_logger("ptq")
 
@@ -97,6 +98,8 @@ def prepare(
         calibrated=data is not None or plan_only,
         methods=PtqMethods(),
     )
+    if resolved.smooth is not None:
+        excluded_layers(resolved.smooth, plan)
     job = Prepared(checkpoint, inventory, resolved, plan, data)
     if job.blockwise and data is None and not plan_only:
         raise PlanError(["fallback and smoothing need calibration data, and there is none"])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
 from slim_core.errors import InvalidTypeError, InvalidValueError
@@ -20,22 +19,15 @@ from slim_core.quantized import ADDED_NORM_BIAS
 from slim_core.validate import check_choice, check_int, check_str_list, check_type
 from slim_ptq.attention.names import attention_tensors
 from slim_ptq.modules import FakeQuantLinear
+from slim_ptq.norm_entries import FloatTensor, norm_entries
+from slim_ptq.structure import is_linear
 from slim_ptq.tensors import from_numpy, to_numpy
-from slim_ptq.transforms import smoothed_norms
+from slim_ptq.transforms import has_added_bias, wrapped_norms
 
 _log = get_logger("ptq")
 
 SAVE_TYPES = {"safe_tensor": "safe_tensor", "ascendV1": "ascend_v1", "numpy": "npy"}
 _GIB = 1 << 30
-
-
-class FloatTensor(NamedTuple):
-    """A tensor that is not quantized; ``tensor`` is None where another name holds it."""
-
-    name: str
-    tensor: torch.Tensor | None
-    is_copy: bool = False  # one of the entries that tell MindIE of a smoothed norm
-    is_added: bool = False  # a bias of zeros that the model does not have
 
 
 def save_model(
@@ -103,32 +95,21 @@ def iter_tensors(
     copies : bool
         Give each smoothed norm the ``.module`` entries of the ``safe_tensor`` layout.
     """
-    smoothed = smoothed_norms(model)
+    wrapped = wrapped_norms(model)
     seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, FakeQuantLinear):
             yield module.layer(rename(f"{path}.weight").removesuffix(".weight"))
             continue
+        shifted = has_added_bias(module) and not is_linear(module)
         for local, parameter in module.named_parameters(prefix=path, recurse=False):
             known = id(parameter) in seen
             seen.add(id(parameter))
-            yield FloatTensor(rename(local), None if known else parameter)
-        if path in smoothed:
-            yield from _norm_entries(
-                rename(f"{path}.weight").removesuffix(".weight"), module, copies
-            )
-
-
-def _norm_entries(name: str, norm: nn.Module, copies: bool) -> Iterator[FloatTensor]:
-    """Yield what engines want to see of a norm whose weight was smoothed."""
-    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
-    bias: torch.Tensor | None = getattr(norm, "bias", None)
-    if bias is None:
-        bias = torch.zeros_like(weight)
-        yield FloatTensor(f"{name}.bias", bias, is_added=True)
-    if copies:
-        yield FloatTensor(f"{name}.module.weight", weight, is_copy=True)
-        yield FloatTensor(f"{name}.module.bias", bias, is_copy=True)
+            added = shifted and local.endswith(".bias")
+            yield FloatTensor(rename(local), None if known else parameter, is_added=added)
+        if path in wrapped:
+            name = rename(f"{path}.weight").removesuffix(".weight")
+            yield from norm_entries(name, module, copies=copies)
 
 
 def _export(

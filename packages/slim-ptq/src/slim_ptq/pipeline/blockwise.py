@@ -32,7 +32,7 @@ from slim_ptq.pipeline.attention import BlockAttention
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.pipeline.inputs import by_block, score_inputs
 from slim_ptq.pipeline.quantizing import float_report, output_error, quantize_layer, write_layer
-from slim_ptq.pipeline.smoothing import smooth_block
+from slim_ptq.pipeline.smoothing import BlockSmoother
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
 from slim_ptq.structure import bias_of, weight_of
 from slim_ptq.tensors import from_numpy, to_numpy
@@ -64,8 +64,6 @@ def run_blockwise(
         with runner.loaded(index) as block:
             job.block(runner, block, index)
     job.rest()
-    for reason in job.unsmoothed:
-        _log.warning("not smoothed: %s", reason)
     return job.reports
 
 
@@ -116,9 +114,13 @@ class _Job:
         self._export = export
         self._layers = by_block(inventory, plan)
         self._attention = BlockAttention(recipe, inventory, export)
+        self._smoother = (
+            None
+            if recipe.smooth is None
+            else BlockSmoother(recipe.smooth, checkpoint, inventory, plan)
+        )
         self._written: set[str] = set()
         self.reports: list[LayerReport] = []
-        self.unsmoothed: tuple[str, ...] = ()
 
     def block(self, runner: BlockRunner, block: nn.Module, index: int) -> None:
         """Calibrate, quantize and write one block."""
@@ -126,9 +128,8 @@ class _Job:
         layers = self._layers[path]
         quantized = {name: plan for name, plan in layers.items() if not plan.scheme.is_float}
         self._check_weights(block, layers)
-        if self._recipe.smooth is not None:
-            floats = layers.keys() - quantized.keys()
-            self.unsmoothed += smooth_block(runner, block, index, path, self._recipe.smooth, floats)
+        if self._smoother is not None:
+            self._smoother.smooth(runner, block, index, layers)
         statistics = block_statistics(quantized, self._recipe.observer)
         watches = {name: stats.watch for name, stats in first_watchers(statistics).items()}
         with self._attention.watching(runner, block, index):
@@ -136,6 +137,8 @@ class _Job:
         for local, plan in quantized.items():
             self._quantize(block.get_submodule(local), plan, statistics[local])
         self._write_others(block, path, quantized)
+        if self._smoother is not None:
+            self._smoother.write(self._export, block, index)
         self.reports += [
             float_report(plan, self._checkpoint.tensors[f"{plan.name}.weight"].nbytes)
             for plan in layers.values()
@@ -145,6 +148,8 @@ class _Job:
     def rest(self) -> None:
         """Write every tensor that does not belong to a block."""
         self._attention.finish()
+        if self._smoother is not None:
+            self._smoother.close(self._export)
         for _, names in self._checkpoint.iter_shards():
             for name in names:
                 if name not in self._written:

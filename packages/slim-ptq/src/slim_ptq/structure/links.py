@@ -63,6 +63,9 @@ class Link:
         Number of channels that the source produces.
     norm_form : NormForm or None
         Parametrisation of the norm; None for other sources.
+    direct : bool
+        Whether every reader reads the output of the source itself, nothing computed from it: then
+        a constant that is taken off the source can be made up for in the biases of the readers.
     """
 
     kind: LinkKind
@@ -70,6 +73,7 @@ class Link:
     targets: tuple[Target, ...]
     width: int
     norm_form: NormForm | None = None
+    direct: bool = False
 
     @property
     def target_names(self) -> tuple[str, ...]:

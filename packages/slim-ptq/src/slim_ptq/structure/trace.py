@@ -83,6 +83,7 @@ class _Recorder:
         self.siblings = Siblings(block)
         self.flow = ChannelFlow(block, set(self.linears))
         self._norm_calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._norm_outputs: dict[str, tuple[Any, ...]] = {}
         self._inputs: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         self._kept: list[torch.Tensor] = []
 
@@ -107,9 +108,7 @@ class _Recorder:
     def _linear_hook(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             tensor = inputs[0]
-            self._kept.append(tensor)  # a freed tensor's memory would be taken for its successor
-            start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-            names = self._inputs[start, tensor.numel(), tensor._version]
+            names = self._inputs[self._identity(tensor)]
             if tensor.numel() and name not in names:
                 names.append(name)
 
@@ -121,9 +120,16 @@ class _Recorder:
             if not isinstance(out, torch.Tensor) or out.shape[-1] != size or not out.numel():
                 return
             self._norm_calls.setdefault(name, (args, kwargs))
+            self._norm_outputs.setdefault(name, self._identity(out))
             self.flow.start(name, out)
 
         return hook
+
+    def _identity(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """Return what two tensors have in common that hold the same elements in memory."""
+        self._kept.append(tensor)  # a freed tensor's memory would be taken for its successor
+        start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        return start, tensor.numel(), tensor._version
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Return the linears by what they read; each linear once, under its first input."""
@@ -167,7 +173,9 @@ class _Recorder:
         if form is None:
             return None
         width = module.get_parameter("weight").shape[0]
-        return Link(LinkKind.NORM_LINEAR, source, order, width, form)
+        reads = self._inputs.get(self._norm_outputs[source], [])
+        direct = all(target.name in reads for target in order)
+        return Link(LinkKind.NORM_LINEAR, source, order, width, form, direct)
 
 
 def _unfit(link: Link, unknown: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Moving scales over links: function-preserving edits of the weights of one block."""
+"""Moving scales and shifts over links: function-preserving edits of the weights of one block."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ import torch
 from torch import nn
 
 from slim_core.errors import InvalidValueError, NumericalError
-from slim_ptq.structure import Link, NormForm
+from slim_ptq.structure import Link, LinkKind, NormForm, is_linear, weight_of
 from slim_ptq.structure.linears import is_conv1d
+from slim_ptq.transforms.biases import add_bias
 
 
 class Edit(NamedTuple):
-    """A parameter of a module and what it shall become."""
+    """A parameter of a module and what it shall become; added where the module has none."""
 
     module: str
-    parameter: torch.Tensor
+    parameter: str
     value: torch.Tensor
 
 
-def scale_link(block: nn.Module, link: Link, scales: torch.Tensor) -> torch.Tensor:
+def scale_link(
+    block: nn.Module,
+    link: Link,
+    scales: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    *,
+    stored: torch.dtype | None = None,
+) -> torch.Tensor:
     """Divide the channels of a link's source by ``scales`` and multiply its readers' columns.
 
     Everything is computed in float32 (float64 for such weights) and rounded once to the dtype of
-    each parameter.  A norm's new weight is rounded first, and the readers get the scale that this
-    makes, so that in half precision only their own rounding remains.
+    each parameter.  A norm's new weight and bias are rounded first, and the readers get the scale
+    and the shift that these make, so that in half precision only their own rounding remains.
 
     Parameters
     ----------
@@ -37,6 +45,12 @@ def scale_link(block: nn.Module, link: Link, scales: torch.Tensor) -> torch.Tens
         A proved link.
     scales : torch.Tensor
         ``[link.width]``, positive, one for channels outside ``link.channels``.
+    shift : torch.Tensor, optional
+        ``[link.width]``, taken off the output of a norm before it is divided.  The norm and its
+        readers get a bias if they have none.
+    stored : torch.dtype, optional
+        To which a norm's new parameters are rounded, because they will be stored in it; their own
+        dtype if not given.
 
     Returns
     -------
@@ -46,27 +60,24 @@ def scale_link(block: nn.Module, link: Link, scales: torch.Tensor) -> torch.Tens
     Raises
     ------
     InvalidValueError
-        ``scales`` has another shape, is not positive and finite, or touches other channels.
+        ``scales`` or ``shift`` has another shape, is not finite (and positive), touches other
+        channels, or the link cannot carry a shift.
     NumericalError
-        A scaled weight is too large for its dtype; nothing is changed then.
+        A parameter becomes too large for its dtype; nothing is changed then.
     """
     _check(link, scales)
-    source = block.get_submodule(link.source)
-    edits, effective = _source_edits(source, link, scales)
+    if shift is not None:
+        _check_shift(block, link, shift)
     with torch.no_grad():
+        edits, effective, taken = _source_edits(block, link, scales, shift, stored)
         for target in link.targets:
             parameter = block.get_submodule(target.name).get_parameter(target.parameter)
             factor = effective[target.index.to(effective.device)].to(parameter.device)
             columns = factor if target.axis == 1 else factor[:, None]
-            edits.append(Edit(target.name, parameter, _work(parameter) * columns))
-        rounded = [Edit(name, p, value.to(p.dtype)) for name, p, value in edits]
-        for name, _, value in rounded:
-            if not bool(torch.isfinite(value).all()):
-                raise NumericalError(
-                    f"smoothing {link.source} makes the weight of {name} infinite in {value.dtype}"
-                )
-        for edit in rounded:
-            edit.parameter.copy_(edit.value)
+            edits.append(Edit(target.name, target.parameter, _work(parameter) * columns))
+            if taken is not None:
+                edits.append(_reader_bias(block, target.name, taken))
+        _write(block, link, edits)
     return effective
 
 
@@ -87,6 +98,16 @@ def scaled(block: nn.Module, link: Link, scales: torch.Tensor) -> Iterator[torch
                 parameter.copy_(value)
 
 
+def why_not_shifted(block: nn.Module, link: Link) -> str | None:
+    """Say why a shift cannot be moved over a link at all, or None."""
+    if link.kind is not LinkKind.NORM_LINEAR:
+        return "only norms are shifted"
+    if not link.direct:
+        return "a reader does not read the output of the norm itself"
+    others = [n for n in link.target_names if not is_linear(block.get_submodule(n))]
+    return f"{others[0]} is no linear layer" if others else None
+
+
 def _check(link: Link, scales: torch.Tensor) -> None:
     if scales.shape != (link.width,):
         raise InvalidValueError(
@@ -101,27 +122,78 @@ def _check(link: Link, scales: torch.Tensor) -> None:
         raise InvalidValueError(f"scales for {link.source} touch channels that are not linked")
 
 
+def _check_shift(block: nn.Module, link: Link, shift: torch.Tensor) -> None:
+    reason = why_not_shifted(block, link)
+    if reason is not None:
+        raise InvalidValueError(f"the link from {link.source} carries no shift: {reason}")
+    if shift.shape != (link.width,) or not bool(torch.isfinite(shift).all()):
+        raise InvalidValueError(
+            f"the shift for {link.source} must be finite and have shape ({link.width},), "
+            f"not {tuple(shift.shape)}"
+        )
+
+
 def _work(parameter: torch.Tensor) -> torch.Tensor:
     value = parameter.detach()
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _source_edits(
-    source: nn.Module, link: Link, scales: torch.Tensor
-) -> tuple[list[Edit], torch.Tensor]:
-    """Return the new parameters of the source, and the scales that they stand for."""
+    block: nn.Module,
+    link: Link,
+    scales: torch.Tensor,
+    shift: torch.Tensor | None,
+    stored: torch.dtype | None,
+) -> tuple[list[Edit], torch.Tensor, torch.Tensor | None]:
+    """Return the new parameters of the source, and the scales and the shift they stand for."""
+    source = block.get_submodule(link.source)
     weight = source.get_parameter("weight")
     bias = getattr(source, "bias", None)
     values = _work(weight)
+    kind = stored or weight.dtype
     scales = scales.to(values.device, values.dtype)
     if link.norm_form is not None:
-        shift = 1.0 if link.norm_form is NormForm.ONE_PLUS else 0.0
-        new = (values + shift) / scales - shift
-        kept = new.to(weight.dtype).to(values.dtype) + shift
-        scales = torch.where(kept * values.add(shift) > 0, values.add(shift) / kept, scales)
+        one = 1.0 if link.norm_form is NormForm.ONE_PLUS else 0.0
+        new = ((values + one) / scales - one).to(kind)
+        kept = new.to(values.dtype) + one
+        scales = torch.where(kept * values.add(one) > 0, values.add(one) / kept, scales)
     else:
         new = values / (scales if is_conv1d(source) else scales[:, None])
-    edits = [Edit(link.source, weight, new)]
-    if bias is not None:
-        edits.append(Edit(link.source, bias, _work(bias) / scales))
-    return edits, scales
+    edits = [Edit(link.source, "weight", new)]
+    if shift is None:
+        if bias is not None:
+            edits.append(Edit(link.source, "bias", _work(bias) / scales))
+        return edits, scales, None
+    old = torch.zeros_like(scales) if bias is None else _work(bias)
+    moved = ((old - shift.to(scales)) / scales).to(kind)
+    edits.append(Edit(link.source, "bias", moved))
+    return edits, scales, old - moved.to(scales) * scales
+
+
+def _reader_bias(block: nn.Module, name: str, taken: torch.Tensor) -> Edit:
+    """Return the bias of a reader that makes up for what was taken off its input."""
+    linear = block.get_submodule(name)
+    weight = _work(weight_of(linear))
+    back = weight @ taken.to(weight)
+    bias = getattr(linear, "bias", None)
+    return Edit(name, "bias", back if bias is None else _work(bias) + back)
+
+
+def _write(block: nn.Module, link: Link, edits: list[Edit]) -> None:
+    """Change or add the parameters, once all of them are known to be finite."""
+    ready = []
+    for name, parameter, value in edits:
+        module = block.get_submodule(name)
+        old = getattr(module, parameter, None)
+        rounded = value.to((module.get_parameter("weight") if old is None else old).dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            raise NumericalError(
+                f"smoothing {link.source} makes the {parameter} of {name} infinite "
+                f"in {rounded.dtype}"
+            )
+        ready.append((module, old, rounded))
+    for module, old, value in ready:
+        if old is None:
+            add_bias(module, value)
+        else:
+            old.data.copy_(value)

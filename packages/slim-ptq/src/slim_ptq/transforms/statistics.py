@@ -1,4 +1,4 @@
-"""What a transform needs to know of an activation: the extremes of its channels, and tokens."""
+"""What a transform needs to know of an activation: extremes and means of channels, and tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from slim_core.errors import CalibrationError
 
 
 class ChannelStats:
-    """Extremes of each channel over any number of batches, and some of the tokens.
+    """Extremes and mean of each channel over any number of batches, and some of the tokens.
 
     Parameters
     ----------
@@ -22,15 +22,16 @@ class ChannelStats:
         self._keep = tokens
         self._step = 1  # every so-many-th token is kept
         self._kept: list[torch.Tensor] = []
-        self._low = self._high = torch.zeros(0)
+        self._low = self._high = self._sum = torch.zeros(0)
 
     def update(self, x: torch.Tensor) -> None:
         """Take in a tensor ``[..., channels]``; one without tokens changes nothing."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if rows.shape[0]:
             low, high = rows.aminmax(dim=0)
+            total = torch.linalg.vector_norm(rows, ord=1, dim=0, dtype=torch.float32)
             self._take(rows)
-            self._add(rows.shape[0], _work(low), _work(high))
+            self._add(rows.shape[0], _work(low), _work(high), total.double())
 
     def merge(self, other: ChannelStats) -> None:
         """Take in what another object has seen."""
@@ -38,7 +39,7 @@ class ChannelStats:
             self._step = max(self._step, other._step)
             self._kept = self._kept + other._kept
             self._thin()
-            self._add(other.count, other._low, other._high)
+            self._add(other.count, other._low, other._high, other._sum)
 
     @property
     def low(self) -> torch.Tensor:
@@ -56,16 +57,33 @@ class ChannelStats:
         return torch.maximum(self.low.abs(), self.high.abs())
 
     @property
+    def mean_magnitude(self) -> torch.Tensor:
+        """Mean magnitude of each channel over all tokens, ``[channels]``, dtype of ``low``."""
+        return self._seen(self._sum).div(self.count).to(self._low.dtype)
+
+    @property
+    def midrange(self) -> torch.Tensor:
+        """Middle between the extremes of each channel, ``[channels]``."""
+        return (self.low + self.high) / 2
+
+    @property
     def tokens(self) -> torch.Tensor:
         """The tokens that were kept, ``[tokens, channels]``, float32 or float64."""
         low = self.low
         return torch.stack(self._kept) if self._kept else low.new_zeros(0, len(low))
 
-    def divided(self, scale: torch.Tensor) -> ChannelStats:
-        """Return the statistics of the activation with each channel divided by ``scale > 0``."""
+    def moved(self, scale: torch.Tensor, shift: torch.Tensor | None = None) -> ChannelStats:
+        """Return the statistics of ``(x - shift) / scale`` for ``scale > 0``, each ``[channels]``.
+
+        With a shift the mean magnitude is that of the kept tokens.
+        """
+        zero = torch.zeros_like(scale) if shift is None else shift
         out = ChannelStats(self._keep)
-        out._low, out._high = self.low / scale, self.high / scale
-        out._kept = [row / scale for row in self._kept]
+        out._low, out._high = (self.low - zero) / scale, (self.high - zero) / scale
+        out._kept = [(row - zero) / scale for row in self._kept]
+        out._sum = self._sum / scale
+        if shift is not None and out._kept:
+            out._sum = torch.stack(out._kept).abs().double().mean(dim=0) * self.count
         out.count, out._step = self.count, self._step
         return out
 
@@ -74,7 +92,8 @@ class ChannelStats:
             raise CalibrationError("no calibration sample reached the activation")
         return value
 
-    def _add(self, count: int, low: torch.Tensor, high: torch.Tensor) -> None:
+    def _add(self, count: int, low: torch.Tensor, high: torch.Tensor, total: torch.Tensor) -> None:
+        self._sum = self._sum + total if self.count else total
         self._low = torch.minimum(self._low, low) if self.count else low
         self._high = torch.maximum(self._high, high) if self.count else high
         self.count += count

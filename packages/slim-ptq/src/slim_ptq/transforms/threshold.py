@@ -8,30 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from slim_core.dtypes import INT8
-from slim_core.numerics import (
-    affine_params,
-    dequantize,
-    dequantize_weight,
-    quantize,
-    quantize_per_token,
-    quantize_weight,
-    weight_params,
-)
-from slim_core.scheme import Granularity, TensorScheme
-from slim_ptq.structure import Link
+from slim_core.validate import check_float
+from slim_ptq.structure import Link, LinkKind
+from slim_ptq.transforms.base import NORMS, Reader
+from slim_ptq.transforms.error import LinkError, best_scales
 from slim_ptq.transforms.smooth import column_absmax, smooth_scales
 from slim_ptq.transforms.statistics import ChannelStats
 
-INT8_ROWS = TensorScheme(INT8, Granularity.PER_CHANNEL)
-INT8_TENSOR = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
 STEPS = 20
-MOST_READERS = 8
-MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -46,82 +33,34 @@ class ThresholdSmooth:
     ----------
     alpha : float
         Share of the activation in SmoothQuant's rule.
-    weight, activation : TensorScheme
-        How readers and their input will be quantized.
+    kinds : frozenset of LinkKind
+        Which links are scaled.
     tokens : int
         How many tokens the candidates are compared on.
     """
 
     alpha: float = 0.5
-    weight: TensorScheme = INT8_ROWS
-    activation: TensorScheme = INT8_TENSOR
+    kinds: frozenset[LinkKind] = NORMS
     tokens: int = 256
+    shift = False
+    wraps_norms = True
 
-    def scales(
-        self, link: Link, stats: ChannelStats, weights: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """Return the scales of a link, ``[link.width]``.
+    def __post_init__(self) -> None:
+        check_float("alpha", self.alpha, low=0.0, high=1.0)
 
-        Parameters
-        ----------
-        stats : ChannelStats
-            Of what the readers read, with tokens.
-        weights : sequence of torch.Tensor
-            Weights ``[out, in]`` of the readers that will be quantized; of many readers (experts)
-            and of many rows the errors are measured on some, evenly chosen.
-        """
-        chosen = [_some(weight, MOST_ROWS).float() for weight in _some(weights, MOST_READERS)]
-        best, least = torch.ones(link.width), float("inf")
-        for per_input in self._candidates(stats, column_absmax(weights)):
-            scales = link.to_source(per_input)
-            error = self._error(scales[link.targets[0].index.to(scales.device)], stats, chosen)
-            if error < least:
-                best, least = scales, error
-        return best
+    def scales(self, link: Link, stats: ChannelStats, readers: Sequence[Reader]) -> torch.Tensor:
+        """Return the scales of a link, ``[link.width]``; see :class:`ScaleMethod`."""
+        candidates = self._candidates(stats, column_absmax(readers))
+        return best_scales(map(link.to_source, candidates), LinkError(link, stats, readers))
 
     def _candidates(self, stats: ChannelStats, columns: torch.Tensor) -> Iterator[torch.Tensor]:
         absmax = stats.absmax.float()
         none = torch.ones_like(absmax)
         yield none
-        centred = stats.tokens - (stats.low + stats.high) / 2
-        low, high = float(centred.std()), float(absmax.max())
+        low, high = float((stats.tokens - stats.midrange).std()), float(absmax.max())
         if not 0.0 < low < high:
             return
         smooth = smooth_scales(absmax, columns, self.alpha)
         for step in range(STEPS):
             threshold = high * (low / high) ** (step / STEPS)
             yield torch.where(absmax >= threshold, smooth, none)
-
-    def _error(
-        self, scales: torch.Tensor, stats: ChannelStats, weights: Sequence[torch.Tensor]
-    ) -> float:
-        """Return the squared error of the quantized products, relative to each reader's output."""
-        tokens = stats.tokens.float()
-        noisy = self._noisy_tokens(tokens / scales, stats, scales)
-        total = 0.0
-        for weight in weights:
-            moved = weight * scales
-            scale, offset = weight_params(moved, self.weight)
-            codes = quantize_weight(moved, scale, offset, self.weight)
-            exact = tokens @ weight.T
-            gap = noisy @ dequantize_weight(codes, scale, offset).T - exact
-            size = float(exact.square().sum())
-            total += float(gap.square().sum()) / size if size else 0.0
-        return total
-
-    def _noisy_tokens(
-        self, tokens: torch.Tensor, stats: ChannelStats, scales: torch.Tensor
-    ) -> torch.Tensor:
-        dtype = self.activation.dtype
-        if self.activation.granularity is Granularity.PER_TOKEN:
-            codes, scale = quantize_per_token(tokens, dtype)
-            return dequantize(codes, scale, None)  # type: ignore[no-any-return]
-        low, high = (stats.low / scales).min(), (stats.high / scales).max()
-        scale, offset = affine_params(low.float(), high.float(), self.activation)
-        codes = quantize(tokens, scale, offset, dtype)
-        return dequantize(codes, scale, offset)  # type: ignore[no-any-return]
-
-
-def _some(items: Any, most: int) -> Any:
-    """Return every so-many-th item, ``most`` or fewer."""
-    return items[:: -(-len(items) // most)]
