@@ -6,6 +6,7 @@ Nothing is downloaded: each model is built from its configuration class with a f
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Hypothesis without deadlines: how fast a shared machine is says nothing about the code.
@@ -145,6 +147,28 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return save
 
 
+@pytest.fixture(scope="session")
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of single letters (printable ASCII, below ``VOCAB``); others are token 0."""
+    letters = {letter: index for index, letter in enumerate(["<unk>", *map(chr, range(32, 127))])}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def spelling_model(
+    saved_model: Callable[..., Path],
+    letter_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Directory of a tiny Llama with a tokenizer of letters; must not be changed."""
+    path = tmp_path_factory.mktemp("spelling") / "model"
+    shutil.copytree(saved_model("llama", max_position_embeddings=512), path)
+    letter_tokenizer.save_pretrained(path)
+    return path
+
+
 def save_tiny_model(model: PreTrainedModel, directory: Path) -> None:
     """Save a model, with its code if transformers does not know it."""
     if isinstance(model, TinyChatGLM):
@@ -162,8 +186,9 @@ def save_tiny_model(model: PreTrainedModel, directory: Path) -> None:
 _REMOTE_HEAD = """from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 VOCAB = 128

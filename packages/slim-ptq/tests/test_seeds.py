@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from slim_core.checkpoint import open_checkpoint
@@ -30,15 +29,16 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def model_path(saved_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_path(
+    saved_model: Callable[..., Path],
+    letter_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Return a directory like that of ChatGLM2: remote code, weights, tokenizer of bytes."""
     path = Path(
         shutil.copytree(saved_model("chatglm"), tmp_path_factory.mktemp("glm") / "chatglm2")
     )
-    letters = {letter: index for index, letter in enumerate(["<unk>", *map(chr, range(32, 127))])}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(path)
+    letter_tokenizer.save_pretrained(path)
     return path
 
 
