@@ -136,10 +136,7 @@ def test_mistakes(config, tiny_dir, float_ckpt, boolq, tmp_path, capsys):
         (["quantize", "-c", config, "-q", "rtn-a16w8", "-w", "int4"], "fixes weight_dtype"),
         (["quantize", "-c", config, "-q", "rtn-c8", "-s", boolq], "-s and -t belong together"),
         (["quantize", model, out, "-q", "ptq", "-w", "int8", "--layout", "gs-ptq"], "--layout"),
-        (
-            ["quantize", model, out, "-q", "ptq", "-w", "int4"],
-            "int4 weights are written in layout gs-ptq",
-        ),
+        (["quantize", model, out, "-q", "ptq", "-k", "int8", "-kvg", "per_token"], "fixed scales"),
         (["convert", float_ckpt, out], "has no config.json"),
         (["convert", model, tmp_path / "x.bin"], "must end in .ckpt or .safetensors"),
         (["dequantize", float_ckpt, tmp_path / "x.ckpt"], "holds no quantized layer"),

@@ -69,3 +69,8 @@ class AwqArgs(_Options):
         """The shares of the range to try."""
         given = self.weight_clip_ratio
         return given if isinstance(given, list) else [given]
+
+    def unscaled(self) -> AwqArgs:
+        """Return options that leave input channels as they are and try the ranges only."""
+        ratios = self.weight_clip_ratio
+        return AwqArgs(duo_scaling=False, smooth_alpha=0.0, weight_clip_ratio=ratios)

@@ -25,6 +25,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "ptq": {"quant_method": "ptq", "modules_to_not_convert": ["lm_head"]},
 }
 APPROACHES = tuple(_PRESETS)
+_OPEN = ("modules_to_not_convert", "algorithm_args", "weight_range", "smooth_into")
 
 
 def from_approach(approach: str, overrides: dict[str, Any]) -> QuantizationConfig:
@@ -46,8 +47,7 @@ def from_approach(approach: str, overrides: dict[str, Any]) -> QuantizationConfi
     """
     preset = _PRESETS[check_choice("approach", approach, _PRESETS)]
     for key, value in overrides.items():
-        fixed = approach != "ptq" and key not in ("modules_to_not_convert", "algorithm_args")
-        if fixed and key != "weight_range" and preset.get(key) != value:
+        if approach != "ptq" and key not in _OPEN and preset.get(key) != value:
             raise InvalidValueError(
                 f"approach {approach} fixes {key} to {preset.get(key)!r}, it cannot be {value!r}",
                 hint="approach ptq leaves it open",

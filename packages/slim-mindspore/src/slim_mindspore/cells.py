@@ -1,8 +1,12 @@
 """Linear cells that compute from integer weights, on any device.
 
-They hold int8 codes and the scales as non-trainable parameters and work in float32 where a fused
-kernel of Ascend would work in integers; sums of integers are exact, since they are formed in pieces
-short enough for the 24 bits of float32 and added in int32.
+Their parameters have the names and dtypes of MindSpore Golden Stick, compute dtype float32 (see
+:mod:`slim_mindspore.layouts`), so ``network.parameters_dict()`` is what its checkpoints hold; only
+int4 codes lie unpacked in int8, since a CPU has no operator on Int4.
+
+On a CPU the cells work in float32 where a fused operator of Ascend works in integers; sums of
+integers are exact, since they are formed in pieces short enough for the 24 bits of float32 and
+added in int32.
 """
 
 from __future__ import annotations
@@ -11,60 +15,77 @@ from typing import Any
 
 import numpy as np
 
-from slim_core.layers import QuantizedLinear
 from slim_core.numerics import EPS
+from slim_mindspore.ascend import FusedDynamic, FusedStatic, FusedWeightOnly, on_ascend
 from slim_mindspore.framework import Parameter, Tensor, ms, nn, ops
+from slim_mindspore.layouts import encode_layer
+from slim_mindspore.quantized_layer import SmoothedLinear
 
 # 1024 products of int8 by int8 stay within 2**24.
 EXACT_COLUMNS = 1024
 
 
-def quant_cell(
-    layer: QuantizedLinear, smooth: np.ndarray | None = None, activation: Any = None
-) -> Any:
+def quant_cell(result: SmoothedLinear, activation: Any = None, layout: str = "gs-ptq") -> Any:
     """Return the cell that computes a quantized layer.
 
     Parameters
     ----------
-    layer : QuantizedLinear
-    smooth : numpy.ndarray, float32, shape (in,), optional
-        Divides the input; the codes stand for the weight times it.
+    result : SmoothedLinear
     activation : Cell, optional
         Applied to the output, as in ``nn.Dense``.
+    layout : str
+        Whose names the parameters have.
+
+    Raises
+    ------
+    FormatError
+        The layout cannot hold the layer.
     """
-    if layer.scheme.is_static:
-        return StaticLinear(layer, smooth, activation)
-    if layer.scheme.is_dynamic:
-        return DynamicLinear(layer, smooth, activation)
-    return WeightOnlyLinear(layer, smooth, activation)
+    scheme = result.layer.scheme
+    if layout == "gs-rtn":
+        return RtnLinear(result, layout, activation)
+    if layout == "gs-sq":
+        return SmoothQuantLinear(result, layout, activation)
+    if scheme.is_static:
+        return StaticLinear(result, layout, activation)
+    if scheme.is_dynamic:
+        return DynamicLinear(result, layout, activation)
+    return WeightOnlyLinear(result, layout, activation)
+
+
+class _Part(nn.Cell):  # type: ignore[misc]
+    """A level of names between a cell and its parameters."""
 
 
 class _QuantLinear(nn.Cell):  # type: ignore[misc]
-    """What the cells share: codes, smoothing, activation and sizes."""
+    """What the cells share: parameters, sizes, and the activation of the replaced cell."""
 
-    def __init__(self, layer: QuantizedLinear, smooth: np.ndarray | None, activation: Any) -> None:
+    def __init__(self, result: SmoothedLinear, layout: str, activation: Any) -> None:
         super().__init__()
+        layer = result.layer
         self.scheme_name = str(layer.scheme)
         self.out_features, self.in_features = layer.codes.shape
-        self.weight = constant(np.asarray(layer.codes, np.int8), "weight")
-        self.smoothed = smooth is not None
-        if smooth is not None:
-            self.smooth_scale = constant(np.asarray(smooth, np.float32), "smooth_scale")
+        self.smoothed = result.smooth is not None
+        self.biased = layer.bias is not None
         self.activation = activation
         self.activated = activation is not None
-
-    def prepare(self, x: Any) -> Any:
-        """Return the input in float32, divided by the smoothing scales."""
-        x = ops.cast(x, ms.float32)
-        return x / self.smooth_scale if self.smoothed else x
+        self.fused = on_ascend()
+        for name, array in encode_layer(layout, result, packed=False).items():
+            *parts, last = name.split(".")
+            holder: Any = self
+            for part in parts:
+                if not hasattr(holder, part):
+                    setattr(holder, part, _Part())
+                holder = getattr(holder, part)
+            setattr(holder, last, constant(array, last))
 
     def finish(self, y: Any) -> Any:
         """Apply the activation of the replaced cell."""
         return self.activation(y) if self.activated else y
 
-    def integer_product(self, codes: Any) -> Any:
-        """Return the exact int32 products of activation codes, held in float32, and the weight."""
-        weight = ops.cast(self.weight, ms.float32)
+    def integer_product(self, codes: Any, weight: Any) -> Any:
+        """Return the int32 products, exact, of activation codes held in float32 and the weight."""
+        weight = ops.cast(weight, ms.float32)
         total = None
         for start in range(0, self.in_features, EXACT_COLUMNS):
             end = min(start + EXACT_COLUMNS, self.in_features)
@@ -75,73 +96,122 @@ class _QuantLinear(nn.Cell):  # type: ignore[misc]
 
 
 class WeightOnlyLinear(_QuantLinear):
-    """Dequantizes the weight and multiplies; scales per channel, per group or per tensor."""
+    """Dequantizes the weight and multiplies; scales per channel or per group."""
 
-    def __init__(
-        self, layer: QuantizedLinear, smooth: np.ndarray | None = None, activation: Any = None
-    ) -> None:
-        super().__init__(layer, smooth, activation)
-        scale = np.asarray(layer.weight_scale, np.float32)
-        offset = np.asarray(layer.weight_offset, np.float32)
-        scale, offset = (item.reshape(-1, item.shape[-1], 1) for item in (scale, offset))
-        self.groups = scale.shape[1]
-        self.weight_scale = constant(scale, "weight_scale")
-        self.weight_offset = constant(offset, "weight_offset")
-        self.biased = layer.bias is not None
-        if layer.bias is not None:
-            self.bias = constant(np.asarray(layer.bias).astype(np.float32), "bias")
+    def __init__(self, result: SmoothedLinear, layout: str, activation: Any) -> None:
+        super().__init__(result, layout, activation)
+        self.groups = result.layer.weight_scale.shape[-1]
+        self.kernel: Any = None
+        if self.fused and self.groups == 1:
+            self.kernel = FusedWeightOnly()
+
+    def stored(self) -> Any:
+        """Return codes, scales and negated zero points."""
+        return self._layer.weight, self._layer.matmul.weight_scale, self._layer.matmul.weight_zp
+
+    def bias(self) -> Any:
+        """Return the bias."""
+        return self._layer.bias
 
     def construct(self, x: Any) -> Any:
         """Return float32 outputs of (..., in) inputs."""
-        shape = (self.out_features, self.groups, self.in_features // self.groups)
-        codes = ops.cast(self.weight, ms.float32).reshape(shape)
-        weight = (codes - self.weight_offset) * self.weight_scale
-        weight = weight.reshape(self.out_features, self.in_features)
-        y = ops.matmul(self.prepare(x), weight.T)
-        return self.finish(y + self.bias if self.biased else y)
+        x = ops.cast(x, ms.float32)
+        if self.smoothed:
+            x = x * self._layer.matmul.smooth_scale
+        codes, scale, zero = self.stored()
+        if self.kernel is not None:
+            y = self.kernel(x, codes, scale, zero)
+        else:
+            y = ops.matmul(x, self.dequantized(codes, scale, zero).T)
+        return self.finish(y + self.bias() if self.biased else y)
+
+    def dequantized(self, codes: Any, scale: Any, zero: Any) -> Any:
+        """Return the float32 weight (out, in)."""
+        columns = self.in_features // self.groups
+        codes = ops.cast(codes, ms.float32).reshape(self.out_features, self.groups, columns)
+        shape = (self.groups, self.out_features)
+        scale, zero = (item.reshape(shape).T.expand_dims(2) for item in (scale, zero))
+        return ((codes + zero) * scale).reshape(self.out_features, self.in_features)
+
+
+class RtnLinear(WeightOnlyLinear):
+    """:class:`WeightOnlyLinear` with the names of layout gs-rtn."""
+
+    def stored(self) -> Any:
+        """Return codes, scales and negated zero points."""
+        quantizer = self._weight_quantizer
+        return self._handler.weight, quantizer.scale, quantizer.zp_neg
+
+    def bias(self) -> Any:
+        """Return the bias."""
+        return self._handler.bias
 
 
 class StaticLinear(_QuantLinear):
     """Quantizes its input with fixed parameters and multiplies integers."""
 
-    def __init__(
-        self, layer: QuantizedLinear, smooth: np.ndarray | None = None, activation: Any = None
-    ) -> None:
-        super().__init__(layer, smooth, activation)
-        deq_scale, quant_bias = layer.folded()
-        self.input_scale = constant(np.asarray(layer.input_scale, np.float32), "input_scale")
-        self.input_offset = constant(np.asarray(layer.input_offset, np.float32), "input_offset")
-        self.deq_scale = constant(np.asarray(deq_scale, np.float32), "deq_scale")
-        self.quant_bias = constant(np.asarray(quant_bias, np.int32), "quant_bias")
+    def __init__(self, result: SmoothedLinear, layout: str, activation: Any) -> None:
+        super().__init__(result, layout, activation)
+        self.powers = Tensor(np.float32(2) ** (np.arange(256, dtype=np.float32) - 150))
+        self.kernel: Any = FusedStatic() if self.fused else None
 
     def construct(self, x: Any) -> Any:
         """Return float32 outputs of (..., in) inputs."""
-        codes = ops.round(self.prepare(x) / self.input_scale + self.input_offset)
-        total = self.integer_product(ops.clamp(codes, -128, 127)) + self.quant_bias
-        return self.finish(ops.cast(total, ms.float32) * self.deq_scale)
+        scale, zero = self.quant_op.input_scale, self.quant_op.input_zp
+        matmul = self._layer.matmul
+        if self.kernel is not None:
+            y = self.kernel(
+                x, scale, zero, self._layer.weight, matmul.dequant_scale, matmul.quant_bias
+            )
+            return self.finish(y)
+        total = self.integer_product(self.codes(x, scale, zero), self._layer.weight)
+        total = ops.cast(total + matmul.quant_bias, ms.float32)
+        return self.finish(total * self.from_bits(matmul.dequant_scale))
+
+    def codes(self, x: Any, scale: Any, zero: Any) -> Any:
+        """Return the codes of the input, held in float32."""
+        scale, zero = ops.cast(scale, ms.float32), ops.cast(zero, ms.float32)
+        return ops.clamp(ops.round(ops.cast(x, ms.float32) / scale + zero), -128, 127)
+
+    def from_bits(self, bits: Any) -> Any:
+        """Return the positive float32 numbers whose bits int64 ones hold."""
+        exponent = ops.bitwise_and(ops.bitwise_right_shift(bits, 23), 255)
+        mantissa = ops.cast(ops.bitwise_and(bits, 0x7FFFFF) + 0x800000, ms.float32)
+        return mantissa * ops.gather(self.powers, ops.cast(exponent, ms.int32), 0)
+
+
+class SmoothQuantLinear(StaticLinear):
+    """:class:`StaticLinear` with the names of layout gs-sq; its bias is a float one."""
+
+    def construct(self, x: Any) -> Any:
+        """Return float32 outputs of (..., in) inputs."""
+        quantizer = self._input_quantizer
+        codes = self.codes(x, quantizer.t_scale, quantizer.t_zp)
+        total = ops.cast(self.integer_product(codes, self._handler.weight), ms.float32)
+        scale = self.from_bits(self._output_quantizer.scale)
+        return self.finish(total * scale + self._handler.bias)
 
 
 class DynamicLinear(_QuantLinear):
     """Quantizes each token by its own largest magnitude and multiplies integers."""
 
-    def __init__(
-        self, layer: QuantizedLinear, smooth: np.ndarray | None = None, activation: Any = None
-    ) -> None:
-        super().__init__(layer, smooth, activation)
-        scale = np.asarray(layer.weight_scale, np.float32).reshape(-1)
-        self.weight_scale = constant(scale, "weight_scale")
-        self.biased = layer.bias is not None
-        if layer.bias is not None:
-            self.bias = constant(np.asarray(layer.bias).astype(np.float32), "bias")
+    def __init__(self, result: SmoothedLinear, layout: str, activation: Any) -> None:
+        super().__init__(result, layout, activation)
+        self.kernel: Any = FusedDynamic() if self.fused else None
 
     def construct(self, x: Any) -> Any:
         """Return float32 outputs of (..., in) inputs."""
-        x = self.prepare(x)
-        peak = ops.amax(ops.abs(x), -1, True)
-        scale = ops.maximum(peak / 127.0, EPS)
-        total = self.integer_product(ops.clamp(ops.round(x / scale), -128, 127))
-        y = ops.cast(total, ms.float32) * scale * self.weight_scale
-        return self.finish(y + self.bias if self.biased else y)
+        weight, weight_scale = self._layer.weight, self._layer.matmul.weight_scale
+        smooth = self.dyn_quant_op.smooth_scale if self.smoothed else None
+        if self.kernel is not None:
+            y = self.kernel(x, smooth, weight, weight_scale)
+        else:
+            x = ops.cast(x, ms.float32)
+            x = x * smooth if self.smoothed else x
+            scale = ops.maximum(ops.amax(ops.abs(x), -1, True) / 127.0, EPS)
+            total = self.integer_product(ops.clamp(ops.round(x / scale), -128, 127), weight)
+            y = ops.cast(total, ms.float32) * scale * weight_scale
+        return self.finish(y + self._layer.bias if self.biased else y)
 
 
 def constant(array: np.ndarray, name: str) -> Any:

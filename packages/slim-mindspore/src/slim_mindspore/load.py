@@ -16,12 +16,13 @@ from slim_core.formats import DESCRIPTION_FILE
 from slim_core.quantized import QuantizedCheckpoint, is_quantized
 from slim_mindspore.cache_format import PREFIX, decode_cache
 from slim_mindspore.ckpt import CkptFile
-from slim_mindspore.layouts import PACKED, decode_layer
+from slim_mindspore.layout_reader import decode_layer
+from slim_mindspore.layouts import PACKED
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.names import to_mindformers
 from slim_mindspore.quantized_layer import CacheScales, SmoothedLinear
 from slim_mindspore.sparse_format import decode_sparse
-from slim_mindspore.tensors import load_tensors
+from slim_mindspore.tensors import load_tensors, owner_of
 
 _MAX_DESCRIPTION = 64 << 20
 _MARKS = ("_handler.weight", PACKED, "deq_scale")
@@ -126,8 +127,7 @@ def fill_network(network: Any, content: QuantizedTensors, what: str) -> None:
             )
     kept: dict[str, np.ndarray] = {}
     for name, result in content.layers.items():
-        activation = activation_of(linears[name])
-        cell = quant_cell(result.layer, result.smooth, activation)
+        cell = quant_cell(result, activation_of(linears[name]))
         replace_cell(network, name, cell)
         kept |= {f"{name}.{local}": p.asnumpy() for local, p in cell.parameters_and_names()}
     load_into(network, floats | kept, what)
@@ -191,7 +191,7 @@ def _read_named(source: Path) -> QuantizedTensors:
     by_cell: dict[str, dict[str, np.ndarray]] = {cell: {} for cell in cells}
     by_cache: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        cell = next((cell for cell in _prefixes(name) if cell in by_cell), None)
+        cell = owner_of(name, by_cell)
         attention, found, rest = name.partition(f".{PREFIX}")
         if found:
             by_cache.setdefault(attention, {})[PREFIX + rest] = tensor
@@ -215,11 +215,6 @@ def _read_named(source: Path) -> QuantizedTensors:
     if not content.layers and not content.caches and not content.cache_per_token:
         raise CheckpointError(f"{file} holds no quantized layer of a known layout")
     return content
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _weight_file(source: Path) -> Path:

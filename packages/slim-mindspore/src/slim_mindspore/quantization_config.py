@@ -129,6 +129,10 @@ class QuantizationConfig(LayerPolicy):
         the name of a cell decides.
     algorithm_args : dict
         Options of the algorithm: see :mod:`slim_mindspore.algorithm_args`.
+    smooth_into : str
+        ``input``: scales of ``smooth`` and ``awq`` divide the input of each cell, which they were
+        found for; ``norm``: cells that read a norm share their scales, which go into its weight,
+        and other cells are not smoothed.
     weight_range : str
         ``golden_stick``: ``scale = 2 max|w| / (2^b - 1)`` and codes from ``-2^(b-1)``;
         ``symmetric``: ``scale = max|w| / (2^(b-1) - 1)``, as slim-ptq and msModelSlim.
@@ -144,6 +148,7 @@ class QuantizationConfig(LayerPolicy):
     modules_to_not_convert: Annotated[tuple[Name, ...], _default(())] = ()
     layer_policies: Annotated[dict[str, LayerPolicy], _default({})] = Field(default_factory=dict)
     algorithm_args: Annotated[dict[str, Any], _default({})] = Field(default_factory=dict)
+    smooth_into: Literal["input", "norm"] = "input"
     weight_range: WeightRange = "golden_stick"
 
     @field_validator("layer_policies")
@@ -199,6 +204,11 @@ class QuantizationConfig(LayerPolicy):
                 return policy.scheme(self._symmetric)
         return self.scheme(self._symmetric)
 
+    def schemes(self) -> list[QuantScheme]:
+        """Return how linear cells can be quantized: as the whole, and as each of the policies."""
+        layers = [self, *self.layer_policies.values()]
+        return [layer.scheme(self._symmetric) for layer in layers]
+
     @property
     def _symmetric(self) -> bool:
         return self.outliers_suppression != "awq"
@@ -223,7 +233,7 @@ def _method_problems(config: QuantizationConfig) -> list[str]:
     """Return what the method does not allow, one line a problem."""
     method, problems = config.quant_method, []
     outliers, recovery = config.outliers_suppression, config.precision_recovery
-    layers = [config, *config.layer_policies.values()]
+    layers: list[LayerPolicy] = [config, *config.layer_policies.values()]
     activations = any(layer.activation_dtype for layer in layers)
     if method == "rtn" and (activations or outliers or recovery):
         problems.append(
@@ -236,6 +246,14 @@ def _method_problems(config: QuantizationConfig) -> list[str]:
             "quant_method smooth_quant needs weight_dtype int8, activation_dtype int8 and "
             "outliers_suppression smooth, with kvcache_dtype and precision_recovery None"
         )
+    return problems + _combination_problems(config, layers)
+
+
+def _combination_problems(config: QuantizationConfig, layers: list[LayerPolicy]) -> list[str]:
+    """Return which keys contradict each other, whatever the method."""
+    problems = []
+    outliers, recovery = config.outliers_suppression, config.precision_recovery
+    activations = any(layer.activation_dtype for layer in layers)
     if not any(layer.weight_dtype for layer in layers) and not config.kvcache_dtype:
         problems.append("weight_dtype and kvcache_dtype are both None: there is nothing to do")
     if config.kvcache_quant_granularity == "per_token" and not config.kvcache_dtype:
@@ -247,6 +265,8 @@ def _method_problems(config: QuantizationConfig) -> list[str]:
             problems.append(f"{key} {value} needs a weight_dtype")
     if outliers and recovery:
         problems.append(f"outliers_suppression {outliers} and precision_recovery {recovery} clash")
+    if config.smooth_into == "norm" and not outliers:
+        problems.append("smooth_into norm needs outliers_suppression")
     if config.algorithm_args and not (outliers or recovery):
         problems.append("algorithm_args must be empty: the method has no options")
     return problems

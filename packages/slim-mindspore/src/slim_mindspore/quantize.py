@@ -19,6 +19,7 @@ from slim_core.scheme import QuantScheme
 from slim_mindspore.cells import activation_of, quant_cell
 from slim_mindspore.kv_cache import ChannelKV, TokenKV
 from slim_mindspore.linears import find_linears, replace_cell
+from slim_mindspore.norms import smooth_into_norms
 from slim_mindspore.quantization_config import QuantizationConfig
 from slim_mindspore.quantize_layer import quantize_linear, relative_errors
 from slim_mindspore.quantized_layer import CacheScales, SmoothedLinear, type_name
@@ -44,6 +45,8 @@ class QuantizedNetwork:
         By the names of the attention cells; empty unless the cache has fixed scales.
     reports : list of LayerReport
         One for each linear cell, also for those left in floating point.
+    changed : frozenset of str
+        Names of float parameters that are no longer those of the float network.
     """
 
     network: Any
@@ -51,10 +54,15 @@ class QuantizedNetwork:
     layers: dict[str, SmoothedLinear] = field(default_factory=dict)
     caches: dict[str, CacheScales] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+    changed: frozenset[str] = frozenset()
 
 
 def quantize_network(
-    network: Any, config: QuantizationConfig, batches: Sequence[np.ndarray] = ()
+    network: Any,
+    config: QuantizationConfig,
+    batches: Sequence[np.ndarray] = (),
+    *,
+    storage: Any = np.float32,
 ) -> QuantizedNetwork:
     """Replace the linear cells of a network by quantized ones, in place.
 
@@ -65,6 +73,10 @@ def quantize_network(
     config : QuantizationConfig
     batches : sequence of numpy.ndarray
         Token ids, shape (batch, length) each; not needed for ``rtn`` without an int8 cache.
+    storage : numpy dtype
+        In which the scales of static inputs, and norms that take up smoothing scales, will be
+        stored: they are rounded to it before anything is derived from them, so that the file
+        computes what the network does.
 
     Raises
     ------
@@ -88,6 +100,8 @@ def quantize_network(
             hint="pass batches of token ids (on the command line: -s FILE -t TYPE)",
         )
     done = QuantizedNetwork(network, config)
+    if config.smooth_into == "norm":
+        done.changed = smooth_into_norms(network, linears, schemes, config, batches, storage)
     if static_cache:
         done.caches = _cache_scales(network, attentions, batches)
     for names in _stages(config, list(schemes)):
@@ -104,7 +118,7 @@ def quantize_network(
             else {}
         )
         for name in track(names, "Quantizing"):
-            _quantize_cell(done, name, linears[name], schemes[name], statistics.get(name))
+            _quantize_cell(done, name, linears[name], schemes[name], statistics.get(name), storage)
     for name, attention in attentions.items():
         _quantize_cache(name, attention, done.caches.get(name))
     network.update_parameters_name()
@@ -171,6 +185,7 @@ def _quantize_cell(
     cell: Any,
     scheme: QuantScheme,
     statistics: InputStatistics | None,
+    storage: Any,
 ) -> None:
     size = int(np.prod(cell.weight.shape)) * cell.weight.itemsize
     if scheme.is_float:
@@ -178,9 +193,9 @@ def _quantize_cell(
         done.reports.append(LayerReport(name, "float", "FLOAT", "none", shape, size, size, 0.0))
         return
     start = time.perf_counter()
-    result = quantize_linear(name, cell, scheme, done.config, statistics)
+    result = quantize_linear(name, cell, scheme, done.config, statistics, storage)
     weight_error, output_error = relative_errors(cell, result, statistics)
-    replace_cell(done.network, name, quant_cell(result.layer, result.smooth, activation_of(cell)))
+    replace_cell(done.network, name, quant_cell(result, activation_of(cell)))
     done.layers[name] = result
     done.reports.append(
         LayerReport(

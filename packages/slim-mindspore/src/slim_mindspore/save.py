@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from slim_core.checkpoint import copy_side_files, open_checkpoint
@@ -16,21 +15,26 @@ from slim_core.export import CheckpointExport
 from slim_core.files import PathLike, as_path, staged_dir, write_json
 from slim_core.formats import DESCRIPTION_FILE, FORMATS
 from slim_core.validate import check_choice
+from slim_mindspore.ascend_format import check_ascend
 from slim_mindspore.cache_format import CACHE_TYPE, encode_cache
 from slim_mindspore.layouts import (
     COMPUTE_DTYPES,
+    LAYOUT_OF,
     LAYOUTS,
     PACKED,
-    check_ascend,
     encode_layer,
     unsupported,
 )
 from slim_mindspore.names import to_hugging_face
 from slim_mindspore.quantize import QuantizedNetwork
 from slim_mindspore.quantized_layer import type_name
-from slim_mindspore.tensors import WEIGHT_SUFFIXES, parameters_of, write_tensors
-
-LAYOUT_OF = {"rtn": "gs-rtn", "smooth_quant": "gs-sq", "ptq": "gs-ptq"}
+from slim_mindspore.tensors import (
+    WEIGHT_SUFFIXES,
+    model_dtype,
+    owner_of,
+    parameters_of,
+    write_tensors,
+)
 
 
 def default_layout(quantized: QuantizedNetwork) -> str:
@@ -84,7 +88,7 @@ def check_layout(quantized: QuantizedNetwork, layout: str) -> None:
     problems = [
         f"{name}: {problem}"
         for name, result in quantized.layers.items()
-        if (problem := unsupported(layout, result.layer.scheme, result.layer.codes.shape[0]))
+        if (problem := unsupported(layout, result))
     ]
     if problems:
         raise PlanError(problems, hint="layout gs-ptq holds every scheme")
@@ -95,8 +99,8 @@ def save_ascend(
 ) -> Path:
     """Write a directory in the ``ascend_v1`` format with the names of Hugging Face.
 
-    Engines and slim-ptq read it like what slim-ptq writes.  Tensors that are not quantized are
-    those of the source, bit for bit.
+    Engines and slim-ptq read it like what slim-ptq writes.  Tensors that are not quantized, nor
+    smoothed norms, are those of the source, bit for bit.
 
     Parameters
     ----------
@@ -121,20 +125,24 @@ def save_ascend(
     check_ascend(quantized.config)
     checkpoint = open_checkpoint(source)
     by_cell = {to_hugging_face(name): result.layer for name, result in quantized.layers.items()}
+    floats = parameters_of(quantized.network)
+    changed = {to_hugging_face(name): floats[name] for name in quantized.changed if name in floats}
     missing = [name for name in by_cell if f"{name}.weight" not in checkpoint.tensors]
     if missing:
         raise CheckpointError(f"{checkpoint.path} has no {missing[0]}.weight")
     kind = _model_type(quantized)
     group = max((layer.scheme.group_size for layer in by_cell.values()), default=0)
-    dtypes = Counter(np.dtype(info.dtype).name for info in checkpoint.tensors.values())
-    dtype = dtypes.most_common(1)[0][0]
+    dtype = model_dtype(checkpoint)
     with staged_dir(directory, overwrite=overwrite) as folder:
         form = FORMATS["ascend_v1"]
         with CheckpointExport(folder, form, model_type=kind, group_size=group) as export:
             for name in checkpoint.tensors:
                 cell, _, local = name.rpartition(".")
                 if cell not in by_cell:
-                    export.add_float(name, checkpoint.load(name))
+                    array = checkpoint.load(name)
+                    if name in changed:
+                        array = changed[name].astype(array.dtype)
+                    export.add_float(name, array)
                 elif local == "weight":
                     export.add_layer(_with_dtype(by_cell[cell], cell, dtype))
             _add_caches(export, quantized)
@@ -142,10 +150,9 @@ def save_ascend(
     return as_path("directory", directory)
 
 
-def _with_dtype(layer: Any, name: str, dtype: str) -> Any:
-    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    bias = None if layer.bias is None else np.asarray(layer.bias).astype(kind)
-    return replace(layer, name=name, model_dtype=dtype, bias=bias)
+def _with_dtype(layer: Any, name: str, dtype: np.dtype) -> Any:
+    bias = None if layer.bias is None else np.asarray(layer.bias).astype(dtype)
+    return replace(layer, name=name, model_dtype=dtype.name, bias=bias)
 
 
 def _add_caches(export: CheckpointExport, quantized: QuantizedNetwork) -> None:
@@ -166,27 +173,27 @@ def _collect(
     tensors: dict[str, np.ndarray] = {}
     types: dict[str, str] = {}
     int4: set[str] = set()
+    written: set[str] = set()
     for name, array in parameters_of(quantized.network).items():
-        cell = name.rpartition(".")[0]
-        if cell in quantized.layers:
-            if f"{cell}." in types:
-                continue
+        cell = owner_of(name, quantized.layers)
+        if cell is None:
+            if not name.rpartition(".")[0].endswith((".key_quant", ".value_quant")):
+                tensors[name] = array.astype(dtype)
+                types[name] = "FLOAT"
+        elif cell not in written:
+            written.add(cell)
             result = quantized.layers[cell]
             kind = type_name(result.layer.scheme)
-            types[f"{cell}."] = kind  # a mark: cells have several parameters
             named = {f"{cell}.{k}": v for k, v in encode_layer(layout, result, dtype).items()}
             tensors |= named
             types |= dict.fromkeys(named, kind)
             if kind.startswith("W4"):
                 int4.add(f"{cell}.{PACKED}")
-        elif not cell.endswith((".key_quant", ".value_quant")):
-            tensors[name] = array.astype(dtype)
-            types[name] = "FLOAT"
     for attention, scales in quantized.caches.items():
         named = {f"{attention}.{k}": v for k, v in encode_cache(scales, dtype).items()}
         tensors |= named
         types |= dict.fromkeys(named, CACHE_TYPE)
-    return tensors, {name: kind for name, kind in types.items() if name in tensors}, int4
+    return tensors, types, int4
 
 
 def _header(quantized: QuantizedNetwork) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slim_core.checkpoint import ShardWriter, open_checkpoint
+from slim_core.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from slim_core.errors import CheckpointError
 from slim_core.files import PathLike, as_path, make_dir
 from slim_mindspore.ckpt import read_ckpt, write_ckpt
@@ -153,3 +154,16 @@ def model_dir(path: PathLike) -> Path:
     """Return the directory of a model given by its directory or its weight file."""
     source = as_path("path", path)
     return source if source.is_dir() else source.parent
+
+
+def model_dtype(checkpoint: Checkpoint) -> np.dtype:
+    """Return the dtype that most tensors of a float model have."""
+    counts = Counter(np.dtype(info.dtype) for info in checkpoint.tensors.values())
+    return counts.most_common(1)[0][0]
+
+
+def owner_of(name: str, cells: Container[str]) -> str | None:
+    """Return the longest of the cells that a tensor lies in, None if it lies in none."""
+    while (name := name.rpartition(".")[0]) and name not in cells:
+        pass
+    return name or None

@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from slim_core.checkpoint import open_checkpoint
 from slim_core.errors import InvalidValueError, OutputExistsError
 from slim_core.files import check_output_dir
 from slim_mindspore.approaches import APPROACHES, from_approach
+from slim_mindspore.ascend_format import check_ascend
 from slim_mindspore.datasets import DATASETS, DEFAULT_SAMPLES, read_texts, token_batches
 from slim_mindspore.hub import read_config
-from slim_mindspore.layouts import COMPUTE_DTYPES, LAYOUTS, check_ascend
+from slim_mindspore.layouts import COMPUTE_DTYPES, LAYOUT_OF, LAYOUTS
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.quantization_config import GROUP_SIZES, QuantizationConfig
 from slim_mindspore.run_config import read_run_config
-from slim_mindspore.tensors import WEIGHT_SUFFIXES, model_dir
+from slim_mindspore.tensors import WEIGHT_SUFFIXES, model_dir, model_dtype
 
 HELP = "quantize a Llama"
 DESCRIPTION = """\
@@ -101,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
     before = _perplexity(network, job, options.eval)
     loaded = time.perf_counter()
     batches = _batches(job, texts, options.samples)
-    quantized = quantize_network(network, job.config, batches)
+    quantized = quantize_network(network, job.config, batches, storage=_storage(job))
     done = time.perf_counter()
     after = _perplexity(network, job, options.eval)
     seconds = {"load": loaded - start, "quantize": done - loaded}
@@ -152,6 +154,8 @@ def _from_model(options: argparse.Namespace) -> Job:
                 "--layout and --compute-dtype are for an OUTPUT that ends in .ckpt or .safetensors"
             )
         overrides.setdefault("weight_range", "symmetric")
+        if options.approach == "smooth_quant" or overrides.get("outliers_suppression"):
+            overrides.setdefault("smooth_into", "norm")
     llama = read_config(options.model)
     return Job(
         checkpoint=Path(options.model),
@@ -200,6 +204,14 @@ def _check_output(job: Job, overwrite: bool) -> None:
         check_output_dir(job.output, overwrite=overwrite)
     elif job.output.exists() and not overwrite:
         raise OutputExistsError(f"{job.output} is there already", hint="pass --overwrite")
+
+
+def _storage(job: Job) -> Any:
+    """Return the dtype in which the output keeps the scales of inputs."""
+    if job.ascend:
+        return model_dtype(open_checkpoint(model_dir(job.checkpoint)))
+    layout = job.layout or LAYOUT_OF[job.config.quant_method]
+    return np.dtype("float16" if layout == "gs-sq" else job.compute_dtype)
 
 
 def _batches(job: Job, texts: list[str], samples: int) -> list[np.ndarray]:

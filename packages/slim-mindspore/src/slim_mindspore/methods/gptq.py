@@ -11,7 +11,7 @@ from slim_core.errors import NumericalError
 from slim_core.numerics import check_finite
 from slim_core.scheme import Granularity, TensorScheme
 from slim_mindspore.algorithm_args import GptqArgs
-from slim_mindspore.methods.rounding import find_params
+from slim_mindspore.methods.rounding import find_params, int_type
 
 Array = np.ndarray
 _DAMP_TRIES = 3  # each adds ten times as much to the diagonal
@@ -73,7 +73,7 @@ def gptq(
     codes = np.zeros(weight.shape, np.int8)
     work = work[:, order]
     block = options.block_size or columns
-    lowest = _lowest(scheme, weight_range)
+    lowest, highest = _lowest(scheme, weight_range), int_type(scheme).max
     for start in range(0, columns, block):
         end = min(start + block, columns)
         errors = np.zeros((len(work), end - start))
@@ -88,7 +88,7 @@ def gptq(
             s, z = scale[:, index].astype(np.float64), offset[:, index].astype(np.float64)
             # Rounded in float32, so that ties fall as they do without GPTQ.
             exact = work[:, at].astype(np.float32) / scale[:, index] + offset[:, index]
-            code = np.clip(np.rint(exact), lowest, scheme.dtype.max).astype(np.float64)
+            code = np.clip(np.rint(exact), lowest, highest).astype(np.float64)
             codes[:, order[at]] = code
             error = (work[:, at] - (code - z) * s) / upper[at, at]
             work[:, at:end] -= error[:, None] * upper[at, at:end]
@@ -127,8 +127,8 @@ def _caught_up(
 
 def _lowest(scheme: TensorScheme, weight_range: str) -> int:
     if scheme.symmetric and weight_range == "symmetric":
-        return -scheme.dtype.max
-    return scheme.dtype.min
+        return -int_type(scheme).max
+    return int_type(scheme).min
 
 
 def _per_channel(scheme: TensorScheme) -> TensorScheme:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from slim_core.dtypes import IntType
+from slim_core.errors import FormatError
 from slim_core.numerics import (
     EPS,
     check_finite,
@@ -21,6 +23,19 @@ from slim_core.numerics import (
 from slim_core.scheme import Granularity, TensorScheme
 
 Array = np.ndarray
+
+
+def int_type(scheme: TensorScheme) -> IntType:
+    """Return the integer type of a scheme.
+
+    Raises
+    ------
+    FormatError
+        Its codes are places in a table.
+    """
+    if not isinstance(scheme.dtype, IntType):
+        raise FormatError(f"codes must be integers, not {scheme.dtype}")
+    return scheme.dtype
 
 
 def find_params(weight: Array, scheme: TensorScheme, weight_range: str) -> tuple[Array, Array]:
@@ -47,7 +62,7 @@ def find_params(weight: Array, scheme: TensorScheme, weight_range: str) -> tuple
     if scheme.symmetric and weight_range == "golden_stick":
         # The maximum again, since scaling the other scale would round twice.
         peak = np.abs(weight).reshape(scale.shape[0], scale.shape[1], -1).max(axis=2)
-        codes = np.float32(scheme.dtype.max - scheme.dtype.min)
+        codes = np.float32(int_type(scheme).max - int_type(scheme).min)
         scale = np.maximum(np.float32(2) * peak / codes, np.float32(EPS))
     return scale, offset
 
@@ -59,9 +74,9 @@ def round_weight(
     if not scheme.symmetric or weight_range == "symmetric":
         return np.asarray(quantize_weight(weight, scale, offset, scheme))
     if scheme.granularity is not Granularity.PER_GROUP:
-        return np.asarray(quantize(weight, scale, None, scheme.dtype))
+        return np.asarray(quantize(weight, scale, None, int_type(scheme)))
     grouped = weight.reshape(*scale.shape, -1)
-    codes = np.asarray(quantize(grouped, scale[..., None], None, scheme.dtype))
+    codes = np.asarray(quantize(grouped, scale[..., None], None, int_type(scheme)))
     return codes.reshape(weight.shape)
 
 
