@@ -182,6 +182,16 @@ class Attention(_Strict):
     exclude: tuple[str, ...] = ()
 
 
+class Rotate(_Strict):
+    """Rotation of the residual stream, and of value heads, folded into the weights.
+
+    ``seed`` picks the rotation; ``heads`` says whether value heads are rotated too.
+    """
+
+    seed: int = Field(default=0, ge=0)
+    heads: bool = True
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of the output, but for the model and the data."""
 
@@ -190,6 +200,7 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...] = ()
     exclude: tuple[str, ...] = ()
     fallback: int = Field(default=0, ge=0)
+    rotate: Rotate | None = None
     smooth: Annotated[Smooth, BeforeValidator(_parse_smooth)] | None = None
     observer: ObserverKind = ObserverKind.MEAN_MINMAX
     kv_cache: KVCache | None = None
