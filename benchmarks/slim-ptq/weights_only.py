@@ -18,7 +18,7 @@ from slim_core.checkpoint import open_checkpoint
 from slim_core.scheme import QuantScheme
 from slim_ptq import quantize
 from slim_ptq.inventory import take_inventory
-from slim_ptq.methods import quantize_minmax, relative_error
+from slim_ptq.methods import MinMax, relative_error
 from slim_ptq.tensors import from_numpy
 
 COMMAND = "nox -s bench-slim-ptq"
@@ -35,11 +35,16 @@ def kernel_only(model: Path) -> float:
     """Return the seconds that the arithmetic alone takes, on weights in memory."""
     checkpoint = open_checkpoint(model)
     linears = take_inventory(checkpoint).linears
-    scheme = QuantScheme.parse("w8a16").weight
+    scheme = QuantScheme.parse("w8a16")
+
+    def quantize_and_measure(weight: torch.Tensor) -> None:
+        layer = MinMax().quantize("", weight, scheme.weight).layer("", scheme, None, "bfloat16")
+        relative_error(weight, layer)
+
     total = 0.0
     for name in linears:
         weight = from_numpy(checkpoint.load(f"{name}.weight"))
-        total += best_of(lambda w=weight: relative_error(w, quantize_minmax("", w, scheme)))
+        total += best_of(lambda w=weight: quantize_and_measure(w))
     return total
 
 

@@ -193,6 +193,33 @@ def test_sparse_sets_its_bits_and_pr() -> None:
             {"a_bit": 16, "is_lowbit": True, "open_outlier": False, "w_sym": False},
             "w8a16_g64_asym",
         ),
+        ({"pdmix": True}, "w8a8_mix_tensor"),
+        ({"pdmix": True, "mm_tensor": False}, "w8a8_mix"),
+        ({"w_bit": 4, "a_bit": 16, "mm_tensor": False}, "w4a16"),
+        ({"w_bit": 4, "a_bit": 16, "mm_tensor": False, "w_sym": False}, "w4a16_asym"),
+        (
+            {
+                "w_bit": 4,
+                "a_bit": 16,
+                "is_lowbit": True,
+                "open_outlier": False,
+                "group_size": 32,
+                "w_sym": False,
+            },
+            "w4a16_g32_asym",
+        ),
+        (
+            {
+                "w_bit": 4,
+                "is_lowbit": True,
+                "open_outlier": False,
+                "is_dynamic": True,
+                "group_size": 128,
+            },
+            "w4a8_dynamic_g128",
+        ),
+        ({"w_bit": 4, "a_bit": 16, "w_method": "NF"}, "nf4"),
+        ({"w_bit": 16, "a_bit": 16}, "float"),
     ],
 )
 def test_scheme_of_a_configuration(given: dict[str, Any], scheme: str) -> None:
@@ -202,10 +229,8 @@ def test_scheme_of_a_configuration(given: dict[str, Any], scheme: str) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"w_bit": 4, "a_bit": 16},
         {"a_bit": 16, "w_method": "GPTQ"},
-        {"use_kvcache_quant": True},
-        {"pdmix": True},
+        {"w_bit": 4, "a_bit": 4, "is_dynamic": True},
     ],
 )
 def test_what_this_release_lacks_is_said(given: dict[str, Any]) -> None:

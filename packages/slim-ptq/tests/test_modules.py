@@ -113,14 +113,18 @@ class TestFakeQuantLinear:
 class TestMinMax:
     def test_relative_error(self) -> None:
         weight = randn(6, 64)
-        scheme = QuantScheme.parse("w8a16").weight
-        assert scheme is not None
-        codes, scale, offset = quantize_minmax("a", weight, scheme)
-        back = (codes.double() - offset) * scale.double()
+        scheme = QuantScheme.parse("w8a16")
+        assert scheme.weight is not None
+
+        def quantized(weight: torch.Tensor) -> QuantizedLinear:
+            return QuantizedLinear("a", scheme, *quantize_minmax("a", weight, scheme.weight))
+
+        given = quantized(weight)
+        back = (given.codes.double() - given.weight_offset) * given.weight_scale.double()
         expected = float((weight.double() - back).norm() / weight.double().norm())
-        assert relative_error(weight, (codes, scale, offset)) == pytest.approx(expected, rel=1e-4)
+        assert relative_error(weight, given) == pytest.approx(expected, rel=1e-4)
         zeros = torch.zeros(2, 64)
-        assert relative_error(zeros, quantize_minmax("a", zeros, scheme)) == 0.0
+        assert relative_error(zeros, quantized(zeros)) == 0.0
 
     def test_half_precision_weights_are_quantized_as_their_float32_values(self) -> None:
         scheme = QuantScheme.parse("w8a16").weight

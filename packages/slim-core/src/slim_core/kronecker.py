@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from slim_core.errors import FormatError
 from slim_core.validate import check_int
@@ -38,6 +38,24 @@ def kronecker_pair(channels: int) -> tuple[int, int]:
     while (half := math.isqrt(middle * middle - channels)) ** 2 != middle * middle - channels:
         middle += 1
     return middle - half, middle + half
+
+
+def identity_transforms(channels: int, like: Array) -> dict[str, Array]:
+    """Return transforms that change nothing, and a clip ratio that clips nothing.
+
+    Parameters
+    ----------
+    like : array
+        Of the library and on the device that the float32 result is to have.
+    """
+    xp = array_namespace(like)
+    place = {"dtype": xp.float32, "device": device(like)}
+    left, right = kronecker_pair(channels)
+    return {
+        "left_trans": xp.eye(left, **place),
+        "right_trans": xp.eye(right, **place),
+        "clip_ratio": xp.ones(1, **place),
+    }
 
 
 def transform_input(x: Array, left: Array, right: Array) -> Array:

@@ -96,6 +96,19 @@ class QuantizedLinear:
         extras = {name: convert(tensor) for name, tensor in self.extras.items()}
         return replace(self, **fields, extras=extras)
 
+    def rows(self, part: slice) -> QuantizedLinear:
+        """Return the layer of some of the output channels, sharing memory."""
+        whole = self.weight_scale.ndim == 1  # one scale for all rows
+        second = {name: self.extras[name][part] for name in (SECOND_SCALE,) if name in self.extras}
+        return replace(
+            self,
+            codes=self.codes[part],
+            weight_scale=self.weight_scale if whole else self.weight_scale[part],
+            weight_offset=self.weight_offset if whole else self.weight_offset[part],
+            bias=None if self.bias is None else self.bias[part],
+            extras={**self.extras, **second},
+        )
+
     def renamed(self, name: str) -> QuantizedLinear:
         """Return the same layer under another name."""
         return replace(self, name=name)

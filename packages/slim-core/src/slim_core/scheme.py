@@ -225,7 +225,7 @@ _KINDS = (
     _Kind("W4A16", INT4, letter="g", tensor=True, asymmetric=True),
     _Kind("W8A16", INT8, letter="g", tensor=True, asymmetric=True),
     _Kind("W8A8_DYNAMIC", INT8, PER_TOKEN_INT8, tensor=True),
-    _Kind("W8A8_MIX", INT8, STATIC_INT8, Variant.MIX),
+    _Kind("W8A8_MIX", INT8, STATIC_INT8, Variant.MIX, tensor=True),
     _Kind("W8A8", INT8, STATIC_INT8, tensor=True),
     _Kind("W8A8S", INT8, STATIC_INT8, Variant.SPARSE, tensor=True),
     _Kind("W8A8_MXFP8", FP8, _MXFP8, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),

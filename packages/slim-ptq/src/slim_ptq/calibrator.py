@@ -18,7 +18,6 @@ from slim_core.errors import (
 )
 from slim_core.formats import FORMATS
 from slim_core.groups import is_expert
-from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
 from slim_core.matching import match_all
 from slim_core.plan import dynamic_variant
@@ -71,7 +70,8 @@ class Calibrator:
     all_tensors : dict, optional
         Accepted for compatibility and not used.
     mix_cfg : dict, optional
-        Layer names or patterns to ``w8a8``, ``w8a16``, ``w8a8_dynamic`` or ``float``.
+        Layer names or patterns to ``w8a8``, ``w8a16``, ``w8a8_dynamic``, ``w4a8_dynamic`` or
+        ``float``.
 
     Attributes
     ----------
@@ -184,8 +184,8 @@ class Calibrator:
             self.model,
             output_path,
             rename=self._rename,
-            model_type=self.cfg.model_quant_type,
-            group_size=max(self.cfg.group_size, 0),
+            model_type=self._scheme.ascend_type,
+            group_size=max(scheme.group_size for scheme in self._schemes.values()),
             model_dtype=_dtype_name(self._dtype),
             safetensors_name=safetensors_name,
             json_name=json_name,
@@ -250,16 +250,7 @@ class Calibrator:
                 continue
             method = make_method(self.cfg.method(scheme))
             parts = method.quantize(name, weight_of(linear), scheme.weight)
-            layer = QuantizedLinear(
-                name,
-                scheme,
-                parts.codes,
-                parts.scale,
-                parts.offset,
-                bias=bias_of(linear),
-                model_dtype=_dtype_name(self._dtype),
-                notes=parts.notes,
-            )
+            layer = parts.layer(name, scheme, bias_of(linear), _dtype_name(self._dtype))
             if scheme.activation is None or scheme.is_dynamic:
                 self._put(name, FakeQuantLinear(layer, self._dtype))
                 continue

@@ -82,7 +82,14 @@ class QuantConfig:
     device: str
     w_sym: bool
     disable_last_linear: bool
+    pdmix: bool
+    is_lowbit: bool
+    fraction: float
+    nonuniform: bool
+    use_sigma: bool
+    sigma_factor: float
     group_size: int
+    block_size: int
     model_quant_type: str
     use_kvcache_quant: bool
     kv_sym: bool
@@ -122,6 +129,7 @@ class QuantConfig:
             "use_fa_quant": False,
             "fa_amp": 0,
             "tp_size": None,
+            "block_size": 64,
         }
         self._derive()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.logging import get_logger
 from slim_core.method import MINMAX, MethodSpec
-from slim_core.scheme import QuantScheme, Variant
+from slim_core.scheme import FLOAT, QuantScheme, Variant
 from slim_core.validate import check_choice, check_float, check_int, check_str_list, check_type
 from slim_ptq.devices import torch_device
 
@@ -21,7 +21,17 @@ WEIGHT_METHODS = ("MinMax", "GPTQ", "HQQ", "NF")
 GROUP_SIZES = (32, 64, 128, 256)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TP_SIZES = (2, 4, 8, 16)
-AVAILABLE = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W8A16")
+AVAILABLE = (
+    "W8A8",
+    "W8A8_MIX",
+    "W8A8S",
+    "W8A8_DYNAMIC",
+    "W8A16",
+    "W4A16",
+    "W4A8_DYNAMIC",
+    "NF4",
+    "FLOAT",
+)
 
 Values = dict[str, Any]
 
@@ -61,13 +71,9 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
     InvalidValueError
         The type or the weight method is not part of this release.
     """
-    kind = config.model_quant_type
-    wanted = [
-        name
-        for name in ("tp_size", "do_smooth", "pdmix")
-        if getattr(config, name)
-    ]
-    if kind not in AVAILABLE or config.w_method != "MinMax" or wanted:
+    kind = "W8A8_MIX" if config.pdmix else config.model_quant_type
+    wanted = [name for name in ("tp_size", "do_smooth") if getattr(config, name)]
+    if kind not in AVAILABLE or config.w_method not in ("MinMax", "NF") or wanted:
         what = f"{kind} with w_method {config.w_method}" + "".join(
             f" and {name}" for name in wanted
         )
@@ -76,6 +82,10 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
             hint=f"available are {', '.join(AVAILABLE)} with w_method MinMax",
         )
     text = kind.lower()
+    if kind == "FLOAT":
+        return FLOAT
+    if kind == "NF4":
+        return QuantScheme.parse(f"{text}_b{config.block_size}")
     if config.is_per_group:
         text += f"_g{config.group_size}"
     elif config.mm_tensor:
@@ -139,8 +149,7 @@ def _check_basics(values: Values) -> None:
         raise InvalidTypeError("w_sym must be True for 8-bit activations (a_bit = 8)")
     values["percdamp"] = check_float("percdamp", values["percdamp"], low=0, high=1)
     check_choice("w_method", values["w_method"], WEIGHT_METHODS)
-    if values.get("block_size") is not None:
-        check_choice("block_size", values["block_size"], BLOCK_SIZES)
+    check_choice("block_size", values["block_size"], BLOCK_SIZES)
 
 
 def _check_caches(values: Values) -> None:

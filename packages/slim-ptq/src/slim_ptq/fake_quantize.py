@@ -10,8 +10,8 @@ from torch import nn
 
 from slim_core.dtypes import float_name
 from slim_core.errors import InvalidTypeError, InvalidValueError
-from slim_core.formats import FORMATS
-from slim_core.quantized import scheme_of
+from slim_core.formats import Format
+from slim_core.quantized import format_of, scheme_of
 from slim_core.validate import check_choice, check_int, check_type
 from slim_ptq.attention.restore import restore_attention
 from slim_ptq.config_rules import DEVICE_TYPES
@@ -90,7 +90,7 @@ class FakeQuantizeCalibrator:
         for path, name in linears.items():
             kind = description[f"{name}.weight"]
             if kind != "FLOAT":
-                self._put(path, name, kind, layers.get(name, {}), device)
+                self._put(path, name, kind, layers.get(name, {}), device, format_of(description))
         self._load_floats(rename, description, safetensor)
         restore_attention(
             self.model,
@@ -107,10 +107,11 @@ class FakeQuantizeCalibrator:
         kind: str,
         tensors: dict[str, Any],
         device: torch.device,
+        form: Format,
     ) -> None:
         linear = self.model.get_submodule(path)
         dtype = linear.weight.dtype
-        layer = FORMATS["safe_tensor"].decode(
+        layer = form.decode(
             name, scheme_of(name, kind, tensors), tensors, _stored_dtype(tensors, dtype)
         )
         parent, _, leaf = path.rpartition(".")

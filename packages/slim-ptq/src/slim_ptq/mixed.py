@@ -16,7 +16,14 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "w8a16": {"w_bit": 8, "a_bit": 16, "is_dynamic": False},
     "w8a8_dynamic": {"w_bit": 8, "a_bit": 8, "is_dynamic": True, "w_sym": True},
 }
+_CHANGES["w4a8_dynamic"] = _CHANGES["w8a8_dynamic"] | {
+    "w_bit": 4,
+    "is_lowbit": True,
+    "open_outlier": False,
+    "co_sparse": False,
+}
 TARGETS = (*_CHANGES, "float")
+_W4A4_PARTNERS = ("w8a8", "w8a8_dynamic", "float")
 
 
 def check_mix(mix_cfg: Any) -> dict[str, str]:
@@ -55,6 +62,11 @@ def resolve_mix(
 
 
 def _derive(config: QuantConfig, target: str) -> QuantScheme:
+    if config.model_quant_type.startswith("W4A4") and target not in _W4A4_PARTNERS:
+        raise InvalidValueError(
+            f"mix_cfg asks for {target!r}, and {config.model_quant_type} goes with "
+            f"{', '.join(_W4A4_PARTNERS)} only"
+        )
     if target == "float":
         return FLOAT
     try:

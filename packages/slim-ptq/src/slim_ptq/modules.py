@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slim_core.dtypes import INT8
+from slim_core.dtypes import IntType
+from slim_core.kronecker import transform_input
 from slim_core.layers import LAYER_TENSORS, QuantizedLinear
-from slim_core.numerics import dequantize_weight, quantize, quantize_per_token
+from slim_core.microscaling import round_groups
+from slim_core.numerics import quantize, quantize_per_token
+from slim_core.scheme import Granularity, Variant
+from slim_core.two_stage import SECOND_SCALE, two_stage_integers
 
 
 class FakeQuantLinear(nn.Module):
@@ -20,8 +24,11 @@ class FakeQuantLinear(nn.Module):
 
     * static activations: ``y = (q_x @ codes.T + quant_bias) * deq_scale``, the integer sums held
       in float32 (exact up to 2**24, beyond that to its rounding)
-    * per-token activations: ``y = (q_x @ codes.T) * s_x * s_w + bias``
-    * float activations: ``y = x @ ((codes - z_w) * s_w).T + bias``
+    * per-token activations: ``y = (q_x @ codes.T) * s_x * s_w + bias``; the codes of two-stage
+      weights are multiplied by the integers of their groups first, and FlatQuant transforms ``x``
+    * W8A8_MIX: per-token for sequences, static for the single token of a decode step
+    * activations in groups: ``y = x_q @ W_q.T + bias``
+    * float activations: ``y = x @ W_q.T + bias``
 
     Parameters
     ----------
@@ -46,7 +53,6 @@ class FakeQuantLinear(nn.Module):
         self.model_dtype = layer.model_dtype
         self.out_features, self.in_features = layer.codes.shape
         self._dtype = dtype
-        self._code_type = INT8 if layer.scheme.activation is None else layer.scheme.activation.dtype
         for name in LAYER_TENSORS:
             self.register_buffer(name, getattr(layer, name))
         self._extras = tuple(layer.extras)
@@ -59,7 +65,7 @@ class FakeQuantLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight that the codes stand for, shape (out, in), in the dtype of the model."""
-        weight: torch.Tensor = dequantize_weight(self.codes, self.weight_scale, self.weight_offset)
+        weight: torch.Tensor = self.layer("").dequantized()
         return weight.to(self._dtype)
 
     def layer(self, name: str) -> QuantizedLinear:
@@ -79,12 +85,18 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for ``x`` of shape (..., in), in the dtype of ``x``."""
-        if self.scheme.is_static:
-            return self._static(x)
-        if self.scheme.is_dynamic:
-            return self._dynamic(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
+        activation = self.scheme.activation
+        if activation is None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self.weight.to(x.dtype), bias)
+        if activation.granularity is Granularity.PER_GROUP:
+            y = functional.linear(round_groups(x.float(), activation), self.weight.float())
+            return self._with_bias(y).to(x.dtype)
+        assert isinstance(activation.dtype, IntType)  # the only other types that there are
+        is_sequence = x.ndim > 1 and x.shape[-2] > 1
+        if self.scheme.is_static and not (self.scheme.variant is Variant.MIX and is_sequence):
+            return self._static(x, activation.dtype)
+        return self._per_token(x, activation.dtype)
 
     def extra_repr(self) -> str:
         """Return sizes and scheme for ``print(model)``."""
@@ -93,17 +105,29 @@ class FakeQuantLinear(nn.Module):
             f"scheme={self.scheme}, bias={self.bias is not None}"
         )
 
-    def _static(self, x: torch.Tensor) -> torch.Tensor:
-        codes = quantize(x.float(), self.input_scale, self.input_offset, self._code_type)
+    def _static(self, x: torch.Tensor, dtype: IntType) -> torch.Tensor:
+        codes = quantize(x.float(), self.input_scale, self.input_offset, dtype)
         products = functional.linear(codes.float(), self.codes.float())
         y: torch.Tensor = (products + self.quant_bias) * self.deq_scale
         return y.to(x.dtype)
 
-    def _dynamic(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale = quantize_per_token(x.float(), self._code_type)
-        products = functional.linear(codes.float(), self.codes.float())
+    def _per_token(self, x: torch.Tensor, dtype: IntType) -> torch.Tensor:
+        if self.scheme.variant is Variant.FLATQUANT:
+            values = transform_input(
+                x.float(), self.get_buffer("left_trans"), self.get_buffer("right_trans")
+            )
+            codes, scale = quantize_per_token(values, dtype, self.get_buffer("clip_ratio"))
+        else:
+            codes, scale = quantize_per_token(x.float(), dtype)
+        integers = self.codes.float()
+        if SECOND_SCALE in self._extras:
+            integers = two_stage_integers(self.codes, self.get_buffer(SECOND_SCALE))
+        products = functional.linear(codes.float(), integers)
         y: torch.Tensor = products * scale * self.weight_scale.reshape(-1)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return self._with_bias(y).to(x.dtype)
+
+    def _with_bias(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.bias is None else y + self.bias
 
 
 def on_device(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:

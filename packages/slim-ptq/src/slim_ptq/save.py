@@ -47,6 +47,8 @@ def save_model(
     if not isinstance(output_path, str):
         raise InvalidTypeError(f"output_path must be str, not {type(output_path).__name__}")
     formats = _formats(save_type)
+    if "npy" in formats and _has_two_stages(model):
+        formats = _without_npy(formats)
     weight_file = _file_name("safetensors_name", safetensors_name, ".safetensors")
     description_file = _file_name("json_name", json_name, ".json")
     if part_file_size is not None:
@@ -160,6 +162,24 @@ def _formats(save_type: Any) -> list[str]:
         _log.warning("save_type: ascendV1 is written alone, the others are left out")
         names = ["ascendV1"]
     return [SAVE_TYPES[name] for name in dict.fromkeys(names or ["safe_tensor"])]
+
+
+def _has_two_stages(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, FakeQuantLinear) and module.scheme.ascend_type == "W4A8_DYNAMIC"
+        for module in model.modules()
+    )
+
+
+def _without_npy(formats: list[str]) -> list[str]:
+    """Leave out ``npy``, which has no place for the second stage of W4A8_DYNAMIC."""
+    others = [name for name in formats if name != "npy"]
+    if not others:
+        raise InvalidValueError(
+            "save_type numpy cannot hold W4A8_DYNAMIC", hint="use safe_tensor or ascendV1"
+        )
+    _log.error("save_type: numpy is left out, it cannot hold W4A8_DYNAMIC")
+    return others
 
 
 def _file_name(parameter: str, value: Any, suffix: str) -> str | None:

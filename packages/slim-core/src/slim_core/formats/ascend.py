@@ -50,9 +50,7 @@ class SafeTensorFormat(Format):
         """Return the tensors of a layer, named and typed as the engines read them."""
         scheme = layer.scheme
         rows, columns = layer.codes.shape
-        specs = layer_layout(
-            layer.name, scheme, (rows, columns), layer.model_dtype, packed=self.packed
-        )
+        specs = self._layout(layer.name, scheme, (rows, columns), layer.model_dtype)
         made = _folded(layer) if scheme.is_static else {}
         made["weight"] = store_codes(to_numpy(layer.codes, np.int8), scheme, packed=self.packed)
         tensors: Tensors = {
@@ -68,10 +66,7 @@ class SafeTensorFormat(Format):
     ) -> QuantizedLinear:
         """Return the layer that these tensors hold, after checking dtypes and shapes."""
         shape = stored_shape(name, scheme, tensors, packed=self.packed)
-        reason = self.unsupported(scheme, shape)
-        if reason is not None:
-            raise FormatError(f"{name} cannot be {scheme}: {reason}")
-        specs = layer_layout(name, scheme, shape, model_dtype, packed=self.packed)
+        specs = self._layout(name, scheme, shape, model_dtype)
         found = {local: _take(name, tensors, local, spec) for local, spec in specs.items()}
         scale = _weight_scale(scheme, found)
         return QuantizedLinear(
@@ -86,6 +81,14 @@ class SafeTensorFormat(Format):
             model_dtype,
             extras={local: found[local] for local in _EXTRAS if local in found},
         )
+
+    def _layout(
+        self, name: str, scheme: QuantScheme, shape: tuple[int, int], model_dtype: str
+    ) -> dict[str, TensorSpec]:
+        reason = self.unsupported(scheme, shape)
+        if reason is not None:
+            raise FormatError(f"{name} cannot be {scheme}: {reason}")
+        return layer_layout(name, scheme, shape, model_dtype, packed=self.packed)
 
     def type_name(self, ascend_type: str) -> str:
         """Return ``W8A8`` for ``W8A8_MIX``, which this layout does not know; else the type."""

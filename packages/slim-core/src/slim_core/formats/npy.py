@@ -26,6 +26,10 @@ _FILES = {
     "input_offset": "input_offset",
     "quant_bias": "quant_bias",
     "deq_scale": "deq_scale",
+    "weight_absmax": "weight_absmax",
+    "left_trans": "left_trans",
+    "right_trans": "right_trans",
+    "clip_ratio": "clip_ratio",
     "bias": "fp_bias",
 }
 _HEADS = (".fa_q", ".fa_k", ".fa_v")

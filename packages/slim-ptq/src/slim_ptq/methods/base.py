@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from slim_core.scheme import QuantScheme, TensorScheme
+from slim_core.kronecker import identity_transforms
+from slim_core.layers import QuantizedLinear
+from slim_core.scheme import QuantScheme, TensorScheme, Variant
 
 
 class Needs(Flag):
@@ -39,11 +41,14 @@ class LayerInputs:
         mean squared output error with respect to a row of the weight.
     moments : torch.Tensor, optional
         float32, shape (in,): the mean of ``x**2``, the diagonal of ``hessian``.
+    memo : dict
+        What methods have computed of these inputs alone, for the layers that share them.
     """
 
     count: int
     hessian: torch.Tensor | None = None
     moments: torch.Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,12 +73,38 @@ class Parts:
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def layer(
+        self, name: str, scheme: QuantScheme, bias: torch.Tensor | None, model_dtype: str
+    ) -> QuantizedLinear:
+        """Return the layer that these parts make.
+
+        The FlatQuant transforms of methods that know none are identities.
+        """
+        extras, notes = dict(self.extras), self.notes
+        if scheme.variant is Variant.FLATQUANT and "left_trans" not in extras:
+            extras |= identity_transforms(self.codes.shape[1], self.scale)
+            notes += ("its transforms are identities, since the method trains none",)
+        return QuantizedLinear(
+            name,
+            scheme,
+            self.codes,
+            self.scale,
+            self.offset,
+            bias=bias,
+            model_dtype=model_dtype,
+            notes=notes,
+            extras=extras,
+        )
+
 
 class WeightMethod(Protocol):
     """One way to quantize a weight."""
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
+
+    @property
+    def needs(self) -> Needs:
+        """What :meth:`quantize` has to be given."""
 
     def unsupported(self, scheme: QuantScheme) -> str | None:
         """Return why this method cannot quantize to a scheme, or None if it can."""

@@ -9,14 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from slim_core.numerics import (
-    affine_params,
-    check_finite,
-    dequantize_weight,
-    quantize_weight,
-    weight_params,
-)
-from slim_core.scheme import Granularity, QuantScheme, TensorScheme, Variant
+from slim_core.layers import QuantizedLinear
+from slim_core.numerics import affine_params, check_finite, quantize_weight, weight_params
+from slim_core.scheme import Granularity, QuantScheme, ScaleKind, TensorScheme, Variant
+from slim_core.two_stage import SECOND_SCALE, quantize_two_stage, two_stage_scales
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
 
 _CHUNK = 1 << 18  # elements
@@ -43,11 +39,13 @@ class MinMax:
         inputs: LayerInputs | None = None,
     ) -> Parts:
         """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
+        if scheme.scales is ScaleKind.TWO_STAGE:
+            return _two_stage(name, weight, scheme)
         return Parts(*quantize_minmax(name, weight, scheme))
 
 
 def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Tensors:
-    """Quantize a weight.
+    """Quantize a weight in one stage.
 
     Parameters
     ----------
@@ -73,10 +71,7 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Te
     whole = _tensor_params(values, scheme) if per_tensor else None
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     params = []
-    for rows in _row_chunks(values):
-        part = values[rows].float()
-        if not bool(torch.isfinite(part.sum())):
-            check_finite(name, "weight", values.float())  # which counts over the whole weight
+    for rows, part in _finite_chunks(name, values):
         scale, offset = whole or weight_params(part, scheme)
         codes[rows] = quantize_weight(part, scale, offset, scheme)
         params.append((scale, offset))
@@ -86,17 +81,27 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Te
     return codes, torch.cat(scales), torch.cat(offsets)
 
 
-def relative_error(weight: torch.Tensor, parts: Tensors) -> float:
+def relative_error(weight: torch.Tensor, layer: QuantizedLinear) -> float:
     """Return ``||W - W_q|| / ||W||`` (Frobenius), 0 for a weight of zeros."""
     values = weight.detach()
-    codes, scale, offset = parts
     norm = error = 0.0
     for rows in _row_chunks(values):
         part = values[rows].float()
-        own = (scale, offset) if scale.ndim == 1 else (scale[rows], offset[rows])
         norm += float(torch.linalg.vector_norm(part)) ** 2
-        error += float(torch.dist(dequantize_weight(codes[rows], *own), part)) ** 2
+        error += float(torch.dist(layer.rows(rows).dequantized(), part)) ** 2
     return math.sqrt(error / norm) if norm else 0.0
+
+
+def _two_stage(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Parts:
+    """Quantize a weight in two stages (:mod:`slim_core.two_stage`)."""
+    values = weight.detach()
+    made = []
+    for _, part in _finite_chunks(name, values):
+        row_scale, group_scale = two_stage_scales(part, scheme.group_size)
+        made.append((quantize_two_stage(part, row_scale, group_scale), row_scale, group_scale))
+    codes, row_scale, group_scale = (torch.cat(parts) for parts in zip(*made, strict=True))
+    extras = {SECOND_SCALE: group_scale}
+    return Parts(codes, row_scale, torch.zeros_like(row_scale), extras)
 
 
 def _tensor_params(weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +109,15 @@ def _tensor_params(weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Te
     low, high = (end.float().reshape(1) for end in torch.aminmax(weight))
     scale, offset = affine_params(low, high, scheme)
     return scale, offset
+
+
+def _finite_chunks(name: str, values: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield rows in float32, after a look at them."""
+    for rows in _row_chunks(values):
+        part = values[rows].float()
+        if not bool(torch.isfinite(part.sum())):
+            check_finite(name, "weight", values.float())  # which counts over the whole weight
+        yield rows, part
 
 
 def _row_chunks(weight: torch.Tensor) -> Iterator[slice]:

@@ -53,20 +53,12 @@ def quantize_layer(
         _log.warning("%s: %s", plan.name, notes[0])
         method = MinMax()
     parts = method.quantize(plan.name, weight, plan.scheme.weight, inputs)
-    layer = QuantizedLinear(
-        plan.name,
-        plan.scheme,
-        parts.codes,
-        parts.scale,
-        parts.offset,
-        bias=bias,
-        model_dtype=model_dtype,
-        notes=notes + parts.notes,
-    )
+    layer = parts.layer(plan.name, plan.scheme, bias, model_dtype)
+    layer = replace(layer, notes=notes + layer.notes)
     if input_params is not None:
         scale, offset = (part.to(weight.device) for part in input_params)
         layer = replace(layer, input_scale=scale, input_offset=offset)
-    return layer, relative_error(weight, (parts.codes, parts.scale, parts.offset))
+    return layer, relative_error(weight, layer)
 
 
 def write_layer(
