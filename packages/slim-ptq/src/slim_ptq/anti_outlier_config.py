@@ -108,6 +108,8 @@ class AntiOutlierConfig:
             raise InvalidValueError(f"shift goes with anti_method 'm4' only, not {anti_method!r}")
         self.is_dynamic = check_type("is_dynamic", is_dynamic, bool)
         self.group_size = check_int("group_size", group_size, low=0)
+        if is_dynamic and self.a_bit == 16:
+            raise InvalidValueError("is_dynamic goes with a_bit=8: of 16 bits nothing is quantized")
         self.dev_type = check_choice("dev_type", dev_type, DEVICE_TYPES)
         self.dev_id, self.device = _device(self.dev_type, dev_id)
 
@@ -124,7 +126,12 @@ class AntiOutlierConfig:
         return methods[self.anti_method]
 
     def scheme(self) -> QuantScheme:
-        """Return how layers will be quantized, as far as the parameters say."""
+        """Return how layers will be quantized, as far as the parameters say.
+
+        4-bit weights with static 8-bit activations are sparse ones, as in ``QuantConfig``.
+        """
+        if self.w_bit == 4 and self.a_bit == 8 and not self.is_dynamic:
+            return QuantScheme.parse("w8a8s")
         grouped = Granularity.PER_GROUP if self.group_size else Granularity.PER_CHANNEL
         weight = TensorScheme(IntType(self.w_bit), grouped, self.w_sym, self.group_size)
         activation = PER_TOKEN_INT8 if self.is_dynamic else STATIC_INT8

@@ -66,6 +66,7 @@ class BlockRunner:
         dtype: torch.dtype = getattr(torch, inventory.model_dtype)
         self.dtype = torch.float32 if device.type == "cpu" else dtype
         self._sequence_first = False
+        self._looked = False
         self._hidden = HiddenStates() if hidden is None else hidden
         self._calls = self._capture(data)
         if self._hidden.is_resumed:
@@ -92,13 +93,19 @@ class BlockRunner:
         return (self._hidden[0], *calls.args[index]), calls.kwargs[index]
 
     def look(self, block: nn.Module, index: int) -> None:
-        """Run a block on all batches for what hooks see of it; its outputs are dropped."""
+        """Run a block on all batches for what hooks see of it, before its weights are edited.
+
+        Its outputs, which the edits change by rounding alone, are what :meth:`advance` passes on.
+        """
         with torch.no_grad():
-            for calls, hidden in zip(self._calls, self._hidden, strict=True):
-                calls.run(block, index, hidden)
+            for batch, calls in enumerate(self._calls):
+                self._hidden.put(batch, calls.run(block, index, self._hidden[batch]))
+        self._looked = True
 
     def advance(self, block: nn.Module, index: int, watches: Mapping[str, Watch]) -> None:
         """Run a block on all batches; its outputs become the inputs of the next one.
+
+        After :meth:`look` it is the outputs from there that do.
 
         Parameters
         ----------
@@ -126,11 +133,13 @@ class BlockRunner:
                     hidden = self._hidden[batch]
                     output = calls.run(block, index, hidden)
                     self._check(output, index)
-                    self._hidden.put(batch, output)
+                    if not self._looked:
+                        self._hidden.put(batch, output)
         finally:
             for handle in handles:
                 handle.remove()
         self._hidden.advance()
+        self._looked = False
 
     def _check(self, output: torch.Tensor, index: int) -> None:
         if not bool(torch.isfinite(output).all()):

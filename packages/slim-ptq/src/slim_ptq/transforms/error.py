@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from slim_core.numerics import (
-    affine_params,
-    dequantize,
-    dequantize_weight,
-    quantize,
-    quantize_per_token,
-    quantize_weight,
-    weight_params,
-)
-from slim_core.scheme import Granularity, TensorScheme
+from slim_core.numerics import affine_params
+from slim_core.scheme import QuantScheme
+from slim_ptq.methods import PtqMethods, make_method
+from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.structure import Link
 from slim_ptq.transforms.base import Reader
 from slim_ptq.transforms.statistics import ChannelStats
@@ -27,6 +22,9 @@ MOST_ROWS = 256
 
 class LinkError:
     """The error of the quantized products of a link as a function of its scales.
+
+    Weights are quantized by the default method of their scheme, static activations with the range
+    of all calibration tokens.
 
     Parameters
     ----------
@@ -56,44 +54,32 @@ class LinkError:
             Of the source's channels, ``[link.width]``.
         """
         columns = scales.to(self._tokens)[self._index]
-        inputs: dict[TensorScheme | None, torch.Tensor] = {}
-        total = 0.0
+        tokens, total = self._tokens / columns, 0.0
         for (weight, scheme), exact in zip(self._readers, self._exact, strict=True):
-            if scheme.activation not in inputs:
-                inputs[scheme.activation] = self._noisy_tokens(columns, scheme.activation)
-            noisy = _noisy_weight(weight * columns, scheme.weight)
-            gap = inputs[scheme.activation] @ noisy.T - exact
+            gap = self._quantized(weight * columns, scheme, columns)(tokens) - exact
             size = float(exact.square().sum())
             total += float(gap.square().sum()) / size if size else 0.0
         return total
 
-    def _noisy_tokens(self, columns: torch.Tensor, scheme: TensorScheme | None) -> torch.Tensor:
-        """Return the tokens after scaling and quantization: per token, or with the full range."""
-        tokens = self._tokens / columns
-        if scheme is None:
-            return tokens
-        if scheme.granularity is Granularity.PER_TOKEN:
-            codes, scale = quantize_per_token(tokens, scheme.dtype)
-            return dequantize(codes, scale, None)  # type: ignore[no-any-return]
-        low, high = (self._stats.low / columns).min(), (self._stats.high / columns).max()
-        scale, offset = affine_params(low.float(), high.float(), scheme)
-        codes = quantize(tokens, scale, offset, scheme.dtype)
-        return dequantize(codes, scale, offset)  # type: ignore[no-any-return]
-
-
-def _noisy_weight(weight: torch.Tensor, scheme: TensorScheme | None) -> torch.Tensor:
-    if scheme is None:
-        return weight
-    scale, offset = weight_params(weight, scheme)
-    codes = quantize_weight(weight, scale, offset, scheme)
-    return dequantize_weight(codes, scale, offset)  # type: ignore[no-any-return]
-
-
-def _some(items: Any, most: int) -> Any:
-    """Return every so-many-th item, ``most`` or fewer."""
-    return items[:: -(-len(items) // most)]
+    def _quantized(
+        self, weight: torch.Tensor, scheme: QuantScheme, columns: torch.Tensor
+    ) -> FakeQuantLinear:
+        assert scheme.weight is not None  # narrowing: only quantized layers are readers
+        method = make_method(PtqMethods().default(scheme))
+        layer = method.quantize("", weight, scheme.weight).layer("", scheme, None, "float32")
+        if scheme.is_static and scheme.activation is not None:
+            low, high = (self._stats.low / columns).min(), (self._stats.high / columns).max()
+            ends = low.float().reshape(1), high.float().reshape(1)
+            scale, offset = affine_params(*ends, scheme.activation)
+            layer = replace(layer, input_scale=scale, input_offset=offset)
+        return FakeQuantLinear(layer, torch.float32)
 
 
 def best_scales(candidates: Iterable[torch.Tensor], error: LinkError) -> torch.Tensor:
     """Return the scales with the least error, the first of equals."""
     return min(candidates, key=error)
+
+
+def _some(items: Any, most: int) -> Any:
+    """Return every so-many-th item, ``most`` or fewer."""
+    return items[:: -(-len(items) // most)]
