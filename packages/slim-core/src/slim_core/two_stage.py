@@ -21,7 +21,9 @@ Array = Any
 
 SECOND_SCALE = "weight_scale_second"  # name of ``s2`` among the tensors of a layer
 
-_PROTECTED = 119
+LARGEST_GROUP_SCALE = 17  # of ``s2``, so that ``7 * s2`` is within the first stage
+
+_PROTECTED = LARGEST_GROUP_SCALE * INT4.max
 
 
 def two_stage_scales(weight: Array, group_size: int) -> tuple[Array, Array]:

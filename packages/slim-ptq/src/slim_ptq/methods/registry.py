@@ -11,12 +11,18 @@ from slim_core.method import MINMAX, MethodSpec
 from slim_core.scheme import QuantScheme, Variant
 from slim_core.validate import did_you_mean
 from slim_ptq.methods.base import Needs, WeightMethod
+from slim_ptq.methods.clip import Clip
+from slim_ptq.methods.gptq import GPTQ
+from slim_ptq.methods.hqq import HQQ
 from slim_ptq.methods.minmax import MinMax
 from slim_ptq.methods.sparse import Sparse
+from slim_ptq.methods.ssz import SSZ
 
 SPARSE = MethodSpec(Sparse.name)
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (MinMax, Sparse)}
+METHODS: dict[str, type[Any]] = {
+    method.name: method for method in (MinMax, Clip, SSZ, HQQ, GPTQ, Sparse)
+}
 
 
 @functools.cache

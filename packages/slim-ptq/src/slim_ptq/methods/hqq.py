@@ -1,0 +1,125 @@
+"""HQQ: half-quadratic quantization, without calibration data.
+
+Badri and Shaji, 2023 (https://mobiusml.github.io/hqq_blog/).  The error of the weight is measured
+in a norm with p < 1, which forgives a few large errors, those of outliers.  It is split into a
+sparse part ``e``, found by shrinkage of the residual, and a part that scale or zero point fit::
+
+    e = shrink_p(W - W_q, beta)
+    asymmetric:  z = mean(q - (W - e) / s)        symmetric:  s = <W - e, q> / <q, q>
+
+``beta`` grows from step to step.  A step that does not lower the p-norm of the residual of a set is
+not taken for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from slim_core.dtypes import IntType, TableType
+from slim_core.numerics import EPS, check_finite
+from slim_core.scheme import QuantScheme, TensorScheme
+from slim_core.validate import check_float, check_int, check_type
+from slim_ptq.methods.base import LayerInputs, Needs, Parts
+from slim_ptq.methods.choices import unsupported_grid
+from slim_ptq.methods.grid import Grid, fit_weight
+
+
+@dataclass(frozen=True)
+class HQQ:
+    """Round to nearest on scales or zero points that a robust norm chooses.
+
+    Parameters
+    ----------
+    norm : float
+        The exponent p, in (0, 1].
+    beta, growth : float
+        Weight of the splitting and its factor a step; at least 1e-3 and 1.
+    iterations : int
+        At most so many steps, in [0, 1000].
+    float_offset : bool
+        Keep zero points of asymmetric weights fractional, as the paper does.  They lower the error
+        and are stored as float32; engines that keep integer zero points cannot read them.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        A parameter is out of its range.
+    """
+
+    name: ClassVar[str] = "hqq"
+    needs: ClassVar[Needs] = Needs.NONE
+
+    norm: float = 0.7
+    beta: float = 10.0
+    growth: float = 1.01
+    iterations: int = 20
+    float_offset: bool = False
+
+    def __post_init__(self) -> None:
+        check_float("norm", self.norm, low=0.01, high=1)
+        check_float("beta", self.beta, low=1e-3)
+        check_float("growth", self.growth, low=1)
+        check_int("iterations", self.iterations, low=0, high=1000)
+        check_type("float_offset", self.float_offset, bool)
+
+    def unsupported(self, scheme: QuantScheme) -> str | None:
+        """Return why there is no scale or zero point to choose, None if there is one."""
+        return unsupported_grid(scheme)
+
+    def quantize(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        scheme: TensorScheme,
+        inputs: LayerInputs | None = None,
+    ) -> Parts:
+        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
+        values = weight.detach().float()
+        check_finite(name, "weight", values)
+        grid = fit_weight(values, scheme, self._fit)
+        return grid.parts(grid.codes(values))
+
+    def objective(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Return the sum of ``|w - q|**p`` of each set, shape (sets, 1)."""
+        residual = weight - grid.values(grid.codes(weight))
+        return residual.abs_().pow_(self.norm).sum(dim=1, keepdim=True)
+
+    def _fit(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> Grid:
+        best, lowest = grid, self.objective(weight, grid)
+        grid, beta = best, self.beta
+        for _ in range(self.iterations):
+            grid = self._step(weight, grid, beta)
+            objective = self.objective(weight, grid)
+            better = objective < lowest
+            if not bool(better.any()):
+                break
+            best, lowest = best.where(better, grid), torch.where(better, objective, lowest)
+            beta *= self.growth
+        return best
+
+    def _step(self, weight: torch.Tensor, grid: Grid, beta: float) -> Grid:
+        codes = grid.codes(weight)
+        values = grid.values(codes)
+        # The shrinkage is not scale-free: residuals count in units of the step.
+        dense = weight - grid.scale * self._sparse((weight - values) / grid.scale, beta)
+        if grid.scheme.symmetric or isinstance(grid.scheme.dtype, TableType):
+            levels = values / grid.scale
+            square = levels.square().sum(dim=1, keepdim=True)
+            scale = (dense * levels).sum(dim=1, keepdim=True) / square
+            usable = torch.isfinite(scale) & (scale > EPS)
+            return grid.moved(torch.where(usable, scale, grid.scale), grid.offset)
+        offset = (codes - dense / grid.scale).mean(dim=1, keepdim=True)
+        dtype = grid.scheme.dtype
+        assert isinstance(dtype, IntType)
+        if not self.float_offset:
+            offset = offset.round()
+        return replace(grid, offset=offset.clamp(dtype.min, dtype.max))
+
+    def _sparse(self, residual: torch.Tensor, beta: float) -> torch.Tensor:
+        """Return the generalized soft-thresholding of a residual."""
+        size = residual.abs()
+        threshold = size.clamp(min=EPS).pow(self.norm - 1) / beta
+        return residual.sign() * (size - threshold).clamp_(min=0)
