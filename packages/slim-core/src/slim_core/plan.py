@@ -209,6 +209,7 @@ def build_plan(
         and all(layer.scheme.is_float for layer in layers)
         and recipe.kv_cache is None
         and recipe.attention is None
+        and recipe.rotate is None
     ):
         problems.append("the recipe leaves every layer in floating point")
     if problems:

@@ -34,6 +34,7 @@ from slim_ptq.evaluate import Perplexity
 from slim_ptq.pipeline import plan_with_fallback, run_blockwise, run_weights_only
 from slim_ptq.prepare import Prepared, prepare
 from slim_ptq.quality import evaluate_text
+from slim_ptq.rotation import rotate_checkpoint
 
 RECIPE_FILE = "slim_recipe.yaml"
 
@@ -125,6 +126,10 @@ def quantize(
     plan = job.plan
     before = _perplexity(job.checkpoint.path, text, device, trust_remote_code)
     clock.stage("evaluate float")
+    if job.recipe.rotate is not None:
+        rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, place)
+        job = replace(job, checkpoint=rotated)
+        clock.stage("rotate")
     if job.recipe.fallback and job.data is not None:
         plan = plan_with_fallback(
             job.checkpoint, job.inventory, plan, job.recipe.fallback, job.data, place

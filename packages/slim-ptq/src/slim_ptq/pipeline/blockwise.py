@@ -153,7 +153,9 @@ class _Job:
         for _, names in self._checkpoint.iter_shards():
             for name in names:
                 if name not in self._written:
-                    self._export.add_float(name, self._checkpoint.load(name))
+                    dtype = self._checkpoint.tensors[name].dtype
+                    array = self._checkpoint.load(name).astype(dtype, copy=False)
+                    self._export.add_float(name, array)
 
     def _check_weights(self, block: nn.Module, layers: dict[str, LayerPlan]) -> None:
         """Look at the weights before running them, so that the message names the right layer."""

@@ -39,9 +39,9 @@ def run_weights_only(
         started = time.perf_counter()
         array = checkpoint.load(name)
         if layer is None or layer.scheme.is_float:
-            export.add_float(name, array)
+            export.add_float(name, array.astype(checkpoint.tensors[name].dtype, copy=False))
             if layer is not None:
-                reports.append(float_report(layer, array.nbytes))
+                reports.append(float_report(layer, checkpoint.tensors[name].nbytes))
             continue
         weight = from_numpy(array).to(device)
         if layer.name in inventory.transposed:
@@ -53,7 +53,7 @@ def run_weights_only(
                 export,
                 layer,
                 quantized,
-                bytes_before=array.nbytes,
+                bytes_before=checkpoint.tensors[name].nbytes,
                 weight_error=error,
                 output_error=None,
                 started=started,
