@@ -120,8 +120,12 @@ class FAQuantizer(nn.Module):
         self.mode = Mode.OBSERVE
         self._clear()
 
+    def hold(self) -> None:
+        """Keep what was observed, and hand states on unchanged from here on."""
+        self.mode = Mode.IDLE
+
     def idle(self) -> None:
-        """Hand states on unchanged from here on."""
+        """Forget what was observed, and hand states on unchanged from here on."""
         self.mode = Mode.IDLE
         self._clear()
 

@@ -18,7 +18,7 @@ class HeadRange:
     Parameters
     ----------
     shortest : bool
-        Take of each batch the shortest interval with 99.99 % of the values of a head, instead of
+        Take of each sample the shortest interval with 99.99 % of the values of a head, instead of
         its extremes.
     """
 
@@ -33,10 +33,11 @@ class HeadRange:
         return 0 if self._low is None else self._low.shape[0]
 
     def update(self, states: torch.Tensor) -> None:
-        """Take in a batch, shape (batch, heads, tokens, channels)."""
-        values = states.detach().transpose(0, 1).flatten(1).float()
-        low, high = shortest_interval(values, SHARE) if self._shortest else _extremes(values)
-        low, high = low.cpu(), high.cpu()
+        """Take in a batch of samples, shape (batch, heads, tokens, channels)."""
+        rows = states.detach().flatten(2).float()
+        ends = shortest_interval(rows.flatten(0, 1), SHARE) if self._shortest else _extremes(rows)
+        low, high = (end.reshape(rows.shape[:2]).cpu() for end in ends)
+        low, high = low.amin(0), high.amax(0)
         if self._low is not None and self._high is not None:
             low, high = torch.minimum(low, self._low), torch.maximum(high, self._high)
         self._low, self._high = low, high
@@ -83,5 +84,5 @@ def round_heads(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = torch.aminmax(values, dim=1)
+    low, high = torch.aminmax(values, dim=-1)
     return low, high

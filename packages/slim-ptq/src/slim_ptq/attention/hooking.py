@@ -45,13 +45,16 @@ def unhook(module: nn.Module) -> None:
 
 def _register(base: str) -> str:
     """Register the attention function that goes on with ``base``, and the masks of ``base``."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    import transformers
+    from transformers import masking_utils
+
+    functions: Any = transformers.AttentionInterface
+    masks: Any = masking_utils.AttentionMaskInterface
 
     name = f"{_PREFIX}{base}"
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, _through_quantizer(base))
-        AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[base])
+    if name not in functions._global_mapping:
+        functions.register(name, _through_quantizer(base))
+        masks.register(name, masks._global_mapping[base])
     return name
 
 

@@ -98,14 +98,20 @@ def check_called(quantizers: dict[str, FAQuantizer], prefix: str = "") -> None:
 
 
 def attention_modules(root: nn.Module, blocks: Iterable[str]) -> dict[str, nn.Module]:
-    """Return the innermost modules of the blocks that hold a quantizer or are called attention."""
+    """Return the modules of the blocks that hold a quantizer, or else are called attention.
+
+    Of modules within one another the innermost counts, unless one holds a quantizer.
+    """
+    own = find_quantizers(root)
     found: dict[str, nn.Module] = {}
     for block in blocks:
         for local, module in root.get_submodule(block).named_modules():
-            holds = any(isinstance(child, FAQuantizer) for child in module.children())
-            if holds or "Attention" in type(module).__name__:
-                name = ".".join(part for part in (block, local) if part)
-                for outer in [known for known in found if name.startswith(f"{known}.")]:
-                    del found[outer]
+            name = ".".join(part for part in (block, local) if part)
+            outer = [known for known in found if name.startswith(f"{known}.")]
+            if any(known in own for known in outer):
+                continue
+            if name in own or "Attention" in type(module).__name__:
+                for known in outer:
+                    del found[known]
                 found[name] = module
     return found

@@ -92,6 +92,8 @@ class ModelAttention:
             for quantizer in self._heads.values():
                 quantizer.observe()
             self._feed("Measuring attention")
+            for quantizer in self._heads.values():
+                quantizer.hold()  # the model goes on running, with quantized layers
 
     def emulate(self) -> None:
         """Let the model, whose linear layers may have been replaced, compute with the codes."""
@@ -99,8 +101,8 @@ class ModelAttention:
             scheme = cache_scheme(symmetric=self._cfg.kv_sym)
             for source in self._ranges.sources:
                 params = self._ranges.params(source, scheme, source.linear)
-                quantizer = CacheQuantizer(source.part, *params, source.channels)
-                attach(self._model.get_submodule(source.linear), quantizer)
+                cache = CacheQuantizer(source.part, *params, source.channels)
+                attach(self._model.get_submodule(source.linear), cache)
         left_out = hardest(self._heads, self._cfg.fa_amp if self._heads else 0)
         for name, quantizer in self._heads.items():
             if name in left_out:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from slim_core.logging import get_logger
-from slim_ptq.attention.fa_quantizer import FAQuantizer
 
 _log = get_logger("ptq")
 
 
-def hardest(quantizers: Mapping[str, FAQuantizer], count: int) -> set[str]:
+class Ranked(Protocol):
+    """Something whose rounding was measured."""
+
+    @property
+    def difficulty(self) -> float:
+        """Largest relative squared error of q, k or v."""
+
+
+def hardest(quantizers: Mapping[str, Ranked], count: int) -> set[str]:
     """Return the names of the modules with the largest relative error of q, k or v.
 
     Parameters
