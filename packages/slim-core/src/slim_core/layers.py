@@ -38,7 +38,7 @@ class QuantizedLinear:
     codes : array, int8, shape (out, in)
         One code per element, also for types of fewer than 8 bits.
     weight_scale, weight_offset : array, float32
-        Shape (out, 1), (out, groups) or (1,).
+        Shape (out, 1), (out, groups), (1,) or (blocks,).
     input_scale, input_offset : array, float32, shape (1,), or None
         For statically quantized activations.
     bias : array, shape (out,), or None
@@ -97,7 +97,10 @@ class QuantizedLinear:
         return replace(self, **fields, extras=extras)
 
     def rows(self, part: slice) -> QuantizedLinear:
-        """Return the layer of some of the output channels, sharing memory."""
+        """Return the layer of some of the output channels, sharing memory.
+
+        Blocks, which can lie across rows, cannot be cut.
+        """
         whole = self.weight_scale.ndim == 1  # one scale for all rows
         second = {name: self.extras[name][part] for name in (SECOND_SCALE,) if name in self.extras}
         return replace(

@@ -109,14 +109,18 @@ def weight_params(weight: Array, scheme: TensorScheme) -> tuple[Array, Array]:
     Returns
     -------
     scale, offset : array, float32
-        Shape (out, 1) per channel, (out, in / group_size) per group, (1,) per tensor.
+        Shape (out, 1) per channel, (out, in / group_size) per group, (1,) per tensor,
+        (out * in / group_size,) per block.
 
     Raises
     ------
     FormatError
-        The group size does not divide the number of input channels.
+        The group size does not divide the number of input channels, or of elements.
     """
     xp = array_namespace(weight)
+    if scheme.granularity is Granularity.PER_BLOCK:
+        blocks = split_groups(xp.reshape(weight, (1, -1)), scheme.group_size)[0]
+        return affine_params(xp.min(blocks, axis=1), xp.max(blocks, axis=1), scheme)
     if scheme.granularity is Granularity.PER_TENSOR:
         return affine_params(
             xp.reshape(xp.min(weight), (1,)), xp.reshape(xp.max(weight), (1,)), scheme
@@ -132,9 +136,14 @@ def quantize_weight(weight: Array, scale: Array, offset: Array, scheme: TensorSc
     """Return int8 codes, shape (out, in), for parameters shaped as :func:`weight_params` does."""
     low = -scheme.dtype.max if scheme.symmetric and isinstance(scheme.dtype, IntType) else None
     offset = None if scheme.symmetric else offset
+    xp = array_namespace(weight)
+    if scheme.granularity is Granularity.PER_BLOCK:
+        blocks = xp.reshape(weight, (scale.shape[0], -1))
+        return xp.reshape(
+            quantize(blocks, scale[:, None], offset, scheme.dtype, low=low), weight.shape
+        )
     if scheme.granularity is not Granularity.PER_GROUP:
         return quantize(weight, scale, offset, scheme.dtype, low=low)
-    xp = array_namespace(weight)
     grouped = split_groups(weight, scheme.group_size)
     offset = None if offset is None else offset[..., None]
     return xp.reshape(
@@ -145,14 +154,16 @@ def quantize_weight(weight: Array, scale: Array, offset: Array, scheme: TensorSc
 def dequantize_weight(
     codes: Array, scale: Array, offset: Array | None, dtype: CodeType = INT8
 ) -> Array:
-    """Return the float weight, shape (out, in), of codes with per-tensor, row or group scales."""
+    """Return the float weight, shape (out, in), of codes and parameters of any granularity."""
     xp = array_namespace(codes, scale)
-    groups = scale.shape[-1]
-    if scale.ndim < 2 or groups == 1:
+    if scale.ndim < 2:  # of the whole, or of its blocks
+        split = xp.reshape(codes, (scale.shape[0], -1))
+    elif scale.shape[1] == 1:
         return dequantize(codes, scale, offset, dtype)
-    grouped = split_groups(codes, codes.shape[1] // groups)
+    else:
+        split = split_groups(codes, codes.shape[1] // scale.shape[1])
     offset = None if offset is None else offset[..., None]
-    return xp.reshape(dequantize(grouped, scale[..., None], offset, dtype), codes.shape)
+    return xp.reshape(dequantize(split, scale[..., None], offset, dtype), codes.shape)
 
 
 def quantize_per_token(

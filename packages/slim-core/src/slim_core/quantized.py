@@ -163,12 +163,12 @@ def scheme_of(name: str, kind: str, tensors: Mapping[str, np.ndarray]) -> QuantS
     scale = tensors.get(SECOND_SCALE, tensors.get(source))
     if scale is None or not 1 <= scale.ndim <= 2:
         raise FormatError(f"{name} has no {source} of one or two dimensions")
-    _, columns = stored_shape(name, scheme, tensors, packed=False)
+    rows, columns = stored_shape(name, scheme, tensors, packed=False)
     text = kind.lower()
+    if kind == "NF4":
+        return QuantScheme.parse(f"{text}_b{rows * columns // max(scale.size, 1)}")
     if scale.shape == (1,):
         text += "_tensor"
-    elif kind == "NF4":
-        text += f"_b{columns // scale.shape[1]}"
     elif scale.ndim == 2 and scale.shape[1] > 1:
         text += f"_g{columns // scale.shape[1]}"  # of groups the columns are never packed
     offset = tensors.get("weight_offset")

@@ -41,6 +41,7 @@ class Granularity(str, Enum):
     PER_TENSOR = "per_tensor"
     PER_CHANNEL = "per_channel"  # one scale per output channel (row) of a weight
     PER_GROUP = "per_group"  # one scale per group of input channels of each row
+    PER_BLOCK = "per_block"  # one scale per block of consecutive elements, rows after one another
     PER_TOKEN = "per_token"  # one scale per row of an activation, found at run time
 
 
@@ -72,7 +73,7 @@ class TensorScheme:
     symmetric : bool
         Whether the zero point is fixed at 0.
     group_size : int
-        Number of input channels that share a scale; 0 unless the granularity is PER_GROUP.
+        Number of input channels (PER_GROUP) or elements (PER_BLOCK) that share a scale, else 0.
     scales : ScaleKind
     """
 
@@ -83,7 +84,7 @@ class TensorScheme:
     scales: ScaleKind = ScaleKind.FLOAT
 
     def __post_init__(self) -> None:
-        grouped = self.granularity is Granularity.PER_GROUP
+        grouped = self.granularity in (Granularity.PER_GROUP, Granularity.PER_BLOCK)
         check_int(
             "group_size", self.group_size, low=1 if grouped else 0, high=None if grouped else 0
         )
@@ -142,8 +143,10 @@ class QuantScheme:
 
     @property
     def group_size(self) -> int:
-        """Group size of the weight, 0 if it is not grouped."""
-        return 0 if self.weight is None else self.weight.group_size
+        """Number of input channels of a weight that share a scale, 0 if it has no groups."""
+        if self.weight is None or self.weight.granularity is not Granularity.PER_GROUP:
+            return 0
+        return self.weight.group_size
 
     @property
     def ascend_type(self) -> str:
@@ -168,9 +171,9 @@ class QuantScheme:
         text = self._plain_name() if kind is None else kind.type.lower()
         if self.weight.granularity is Granularity.PER_TENSOR:
             text += "_tensor"
-        elif kind is None or self.group_size != kind.group_size:
+        elif kind is None or self.weight.group_size != kind.group_size:
             letter = "g" if kind is None else kind.letter
-            text += f"_{letter}{self.group_size}" if self.group_size else ""
+            text += f"_{letter}{self.weight.group_size}" if self.weight.group_size else ""
         return text if self.weight.symmetric else f"{text}_asym"
 
     def _plain_name(self) -> str:
@@ -286,6 +289,8 @@ def _from_match(match: re.Match[str]) -> QuantScheme | None:
     granularity = Granularity.PER_CHANNEL
     if match["tensor"]:
         granularity = Granularity.PER_TENSOR
+    elif kind.letter == "b":
+        granularity = Granularity.PER_BLOCK
     elif size:
         granularity, scales = Granularity.PER_GROUP, kind.group_scales
     weight = TensorScheme(kind.weight, granularity, match["asym"] is None, size, scales)

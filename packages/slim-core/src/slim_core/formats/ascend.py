@@ -177,6 +177,8 @@ def _parameter(layer: QuantizedLinear, local: str, spec: TensorSpec) -> np.ndarr
     """Return a stored tensor that is neither the weight nor folded."""
     if local == "scale_bias":
         return scale_bias(layer, spec.shape[1])
+    if local == "weight_shape":
+        return np.array(layer.codes.shape, spec.dtype)
     if local == "weight_offset_second":
         return np.zeros(spec.shape, spec.dtype)
     if local in _EXTRAS:

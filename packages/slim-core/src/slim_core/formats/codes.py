@@ -66,17 +66,17 @@ def stored_shape(
         raise FormatError(f"{name} has no weight; its tensors are {', '.join(sorted(tensors))}")
     dtype = None if scheme.weight is None else scheme.weight.dtype
     if dtype == NF4:
-        rows = tensors["weight_absmax"].shape[0] if "weight_absmax" in tensors else 0
-        if stored.ndim != 1 or not rows or 2 * stored.size % rows:
-            raise FormatError(f"{name}.weight must be flat and beside a weight_absmax")
-        return rows, 2 * stored.size // rows
+        shape = tensors.get("weight_shape")
+        if shape is None or shape.shape != (2,) or stored.size * 2 != int(np.prod(shape)):
+            raise FormatError(f"{name}.weight_shape must be there and the shape of the weight")
+        return int(shape[0]), int(shape[1])
     if stored.ndim != 2:
         raise FormatError(f"{name}.weight must have two dimensions, not shape {stored.shape}")
-    shape = list(stored.shape)
+    lengths = list(stored.shape)
     axis = -1 if dtype == FP4 else packed_axis(scheme, packed=packed)
     if axis is not None:
-        shape[axis] *= 2
-    return shape[0], shape[1]
+        lengths[axis] *= 2
+    return lengths[0], lengths[1]
 
 
 def store_power(scale: np.ndarray) -> np.ndarray:

@@ -61,8 +61,8 @@ def layout_problem(scheme: QuantScheme, shape: tuple[int, int], *, packed: bool)
         return f"its {columns} input channels are no multiple of {TP_SLICES}, as scale_bias needs"
     if kind.startswith("W4A4_") and columns % 8:
         return f"engines pack 8 codes in a word, and its {columns} input channels do not divide"
-    if kind == "NF4" and rows * columns % 2:
-        return f"pairs of its {rows * columns} elements share a byte, and the number is odd"
+    if kind == "NF4":
+        return _block_problem(scheme, rows * columns)
     if "MXFP" in kind and columns // size % 2:
         return f"engines read scales in pairs, and it has {columns // size} groups in a row"
     return None
@@ -101,6 +101,13 @@ def layer_layout(
     return specs
 
 
+def _block_problem(scheme: QuantScheme, elements: int) -> str | None:
+    size = 0 if scheme.weight is None else scheme.weight.group_size
+    if elements % size:
+        return f"block size {size} does not divide its {elements} elements"
+    return "pairs of elements share a byte, and their number is odd" if elements % 2 else None
+
+
 def _codes(
     scheme: QuantScheme, weight: TensorScheme, shape: tuple[int, int], packed: bool
 ) -> TensorSpec:
@@ -122,13 +129,17 @@ def _scales(
     scheme: QuantScheme, weight: TensorScheme, shape: tuple[int, int], packed: bool
 ) -> dict[str, TensorSpec]:
     rows, columns = shape
-    groups: Shape = (rows, columns // weight.group_size if weight.group_size else 1)
+    groups: Shape = (rows, columns // scheme.group_size if scheme.group_size else 1)
     if weight.granularity is Granularity.PER_TENSOR:
         groups = (1,)
     if scheme.variant is Variant.SPARSE:
         return {}
     if weight.dtype == NF4:
-        return {"weight_absmax": TensorSpec(_F32, groups)}
+        blocks = (rows * columns // weight.group_size,)
+        return {
+            "weight_absmax": TensorSpec(_F32, blocks),
+            "weight_shape": TensorSpec(np.dtype(np.int64), (2,)),
+        }
     if weight.scales is ScaleKind.E8M0:
         return {"weight_scale": TensorSpec(np.dtype(np.uint8), groups)}
     if weight.scales is ScaleKind.FLOAT:

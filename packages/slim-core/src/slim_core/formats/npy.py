@@ -27,6 +27,7 @@ _FILES = {
     "quant_bias": "quant_bias",
     "deq_scale": "deq_scale",
     "weight_absmax": "weight_absmax",
+    "weight_shape": "weight_shape",
     "left_trans": "left_trans",
     "right_trans": "right_trans",
     "clip_ratio": "clip_ratio",

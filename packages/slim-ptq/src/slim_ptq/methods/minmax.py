@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from slim_core.layers import QuantizedLinear
-from slim_core.numerics import affine_params, check_finite, quantize_weight, weight_params
+from slim_core.numerics import (
+    affine_params,
+    check_finite,
+    quantize_weight,
+    split_groups,
+    weight_params,
+)
 from slim_core.scheme import Granularity, QuantScheme, ScaleKind, TensorScheme, Variant
 from slim_core.two_stage import SECOND_SCALE, quantize_two_stage, two_stage_scales
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
@@ -67,6 +73,11 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Te
         The group size does not divide the input channels.
     """
     values = weight.detach()
+    if scheme.granularity is Granularity.PER_BLOCK:
+        blocks = _as_rows(values, scheme)
+        in_rows = replace(scheme, granularity=Granularity.PER_CHANNEL, group_size=0)
+        codes, scale, offset = quantize_minmax(name, blocks, in_rows)
+        return codes.reshape(values.shape), scale.reshape(-1), offset.reshape(-1)
     per_tensor = scheme.granularity is Granularity.PER_TENSOR
     whole = _tensor_params(values, scheme) if per_tensor else None
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
@@ -84,12 +95,24 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Te
 def relative_error(weight: torch.Tensor, layer: QuantizedLinear) -> float:
     """Return ``||W - W_q|| / ||W||`` (Frobenius), 0 for a weight of zeros."""
     values = weight.detach()
+    scheme = layer.scheme.weight
+    if scheme is not None and scheme.granularity is Granularity.PER_BLOCK:
+        values = _as_rows(values, scheme)
+        scale, offset = layer.weight_scale[:, None], layer.weight_offset[:, None]
+        codes = _as_rows(layer.codes, scheme)
+        layer = replace(layer, codes=codes, weight_scale=scale, weight_offset=offset, bias=None)
     norm = error = 0.0
     for rows in _row_chunks(values):
         part = values[rows].float()
         norm += float(torch.linalg.vector_norm(part)) ** 2
         error += float(torch.dist(layer.rows(rows).dequantized(), part)) ** 2
     return math.sqrt(error / norm) if norm else 0.0
+
+
+def _as_rows(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """Return a matrix of blocks that lie across rows as a matrix with a block in each row."""
+    blocks: torch.Tensor = split_groups(weight.reshape(1, -1), scheme.group_size)[0]
+    return blocks
 
 
 def _two_stage(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Parts:
