@@ -115,9 +115,8 @@ def _text(found: Tuned, output: Path) -> str:
     ]
     for trial in found.trials:
         verdict = "meets" if found.target.met(trial.value, found.reference) else "fails"
-        lines.append(
-            f"{len(trial.groups):4} of {found.count} fall back  {trial.value:.6g}  {verdict}"
-        )
+        tried = f"{len(trial.groups):4} of {found.count} groups fall back"
+        lines.append(f"{tried}  {trial.value:.6g}  {verdict}")
     lines.append(f"result      {metric} {found.value:.6g}; these layers fall back:")
     lines += [f"  {name}" for name in found.layers]
     return "\n".join([*lines, f"written to {output}"])
