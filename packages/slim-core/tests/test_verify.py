@@ -131,8 +131,8 @@ def test_layers_of_one_matrix_with_other_input_parameters(sound: Path) -> None:
     )
     edit_tensors(sound, lambda t: t.update({f"{Q}.{k}": v for k, v in tensors.items()}))
     (problem,) = verify_checkpoint(sound).problems
-    assert (
-        problem == f"the layers of {BASE}.self_attn.qkv have different input_scale or input_offset"
+    assert problem == (
+        f"the layers of {BASE}.self_attn.qkv have different input_scale, input_offset or transforms"
     )
 
 

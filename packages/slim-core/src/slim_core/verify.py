@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from slim_core.attention_types import read_attention
 from slim_core.errors import SlimError
 from slim_core.files import PathLike
-from slim_core.formats import DESCRIPTION_FILE, decode_deq_scale
+from slim_core.formats import DESCRIPTION_FILE
 from slim_core.groups import group_by
-from slim_core.layers import QuantizedLinear
 from slim_core.progress import track
 from slim_core.quantized import QuantizedCheckpoint
+from slim_core.verify_layer import layer_problems, shared_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +35,9 @@ def verify_checkpoint(path: PathLike) -> Verification:
 
     * every tensor is described, and every described layer is there
     * dtypes, shapes and value ranges of every tensor of every layer
-    * ``deq_scale`` and ``quant_bias`` are those of the codes and scales, bit for bit
-    * layers that engines run as one share type and activation parameters
+    * ``deq_scale`` and ``quant_bias`` are those of the codes and scales, bit for bit;
+      ``scale_bias`` is that of the weight
+    * layers that engines run as one share type, activation parameters and transforms
     * scales and offsets of int8 caches and attention belong together and are announced
     * no NaN or infinity, no ``quantization_config``, no index of other weights
 
@@ -49,19 +48,18 @@ def verify_checkpoint(path: PathLike) -> Verification:
     """
     stored = QuantizedCheckpoint(path)
     problems = list(_directory_problems(stored))
-    inputs: dict[str, tuple[float, float] | None] = {}
+    inputs: dict[str, Hashable] = {}
+    sizes: set[int] = set()
     for name in track(list(stored.layers), "Verifying"):
         try:
             layer = stored.layer(name)
         except SlimError as error:
             problems.append(error.message)
             continue
-        problems += _layer_problems(layer, stored.tensors_of(name))
-        inputs[name] = (
-            None
-            if layer.input_scale is None or layer.input_offset is None
-            else (float(layer.input_scale[0]), float(layer.input_offset[0]))
-        )
+        problems += layer_problems(layer, stored.tensors_of(name))
+        sizes.add(layer.scheme.group_size)
+        inputs[name] = shared_input(layer)
+    problems += _group_size_problems(stored, sizes - {0})
     problems += _group_problems(stored, inputs)
     try:
         read_attention(stored.description, stored.checkpoint.load)
@@ -80,9 +78,6 @@ def _directory_problems(stored: QuantizedCheckpoint) -> Iterator[str]:
     )
     if "model_quant_type" not in description:
         yield f"{stored.description_file.name} has no model_quant_type"
-    group_size = description.get("group_size", 0)
-    if not isinstance(group_size, int):
-        yield f"group_size must be an integer, not {group_size!r}"
     config: dict[str, Any] = stored.checkpoint.config
     for holder in (config, config.get("text_config") or {}):
         if "quantization_config" in holder:
@@ -98,29 +93,17 @@ def _directory_problems(stored: QuantizedCheckpoint) -> Iterator[str]:
         yield f"{DESCRIPTION_FILE} must have version 1.0.0"
 
 
-def _layer_problems(layer: QuantizedLinear, tensors: dict[str, np.ndarray]) -> Iterator[str]:
-    broken = [
-        f"{layer.name}.{local} has NaN or infinite elements"
-        for local, tensor in tensors.items()
-        if tensor.dtype.kind not in "iu" and not np.isfinite(tensor.astype(np.float32)).all()
-    ]
-    if broken:  # nothing follows from such numbers
-        yield from broken
-        return
-    if (layer.weight_scale <= 0).any():
-        yield f"{layer.name}.weight_scale has elements that are not positive"
-    if not layer.scheme.is_static:
-        return
-    deq_scale, quant_bias = layer.folded()
-    if not np.array_equal(decode_deq_scale(tensors["deq_scale"]), deq_scale):
-        yield f"{layer.name}.deq_scale is not input_scale times weight_scale"
-    if not np.array_equal(tensors["quant_bias"], quant_bias):
-        yield f"{layer.name}.quant_bias does not follow from codes, scales and bias"
+def _group_size_problems(stored: QuantizedCheckpoint, sizes: set[int]) -> Iterator[str]:
+    """Yield why the group size of the description is not that of the layers."""
+    said = stored.description.get("group_size", 0)
+    if type(said) is not int:
+        yield f"group_size must be an integer, not {said!r}"
+    elif sizes and "version" in stored.description and sizes != {said}:
+        found = ", ".join(str(size) for size in sorted(sizes))
+        yield f"group_size is {said} in the description, and {found} in the layers"
 
 
-def _group_problems(
-    stored: QuantizedCheckpoint, inputs: dict[str, tuple[float, float] | None]
-) -> Iterator[str]:
+def _group_problems(stored: QuantizedCheckpoint, inputs: dict[str, Hashable]) -> Iterator[str]:
     described = [
         name.removesuffix(".weight")
         for name, kind in stored.description.items()
@@ -132,4 +115,4 @@ def _group_problems(
             yield f"{group} mixes {', '.join(sorted(kinds))}: engines run it as one matrix"
     for group, members in group_by(inputs, "input").items():
         if len({inputs[name] for name in members}) > 1:
-            yield f"the layers of {group} have different input_scale or input_offset"
+            yield f"the layers of {group} have different input_scale, input_offset or transforms"

@@ -6,6 +6,7 @@ from slim_core.formats.ascend import (
     SafeTensorFormat,
     decode_deq_scale,
     encode_deq_scale,
+    scale_bias,
 )
 from slim_core.formats.base import Format, to_numpy
 from slim_core.formats.float import FloatFormat
@@ -25,5 +26,6 @@ __all__ = [
     "SafeTensorFormat",
     "decode_deq_scale",
     "encode_deq_scale",
+    "scale_bias",
     "to_numpy",
 ]
