@@ -34,6 +34,7 @@ from slim_ptq.methods import make_method
 from slim_ptq.mixed import check_mix, resolve_mix
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
+from slim_ptq.pipeline.suppressing import suppress_model
 from slim_ptq.save import save_model
 from slim_ptq.structure import (
     bias_of,
@@ -43,6 +44,7 @@ from slim_ptq.structure import (
     unfuse_experts,
     weight_of,
 )
+from slim_ptq.transforms import AlphaSearch, has_added_bias
 
 _log = get_logger("ptq")
 
@@ -113,6 +115,15 @@ class Calibrator:
             raise StructureError(f"{type(model).__name__} has no linear layer")
         self._schemes = self._resolve(level, mix)
         self._check_shapes()
+        if cfg.do_smooth and not self._samples:
+            raise CalibrationError("calib_data is empty, and do_smooth needs samples")
+        for name, linear in self._linears.items():
+            if has_added_bias(linear) and not self._schemes[name].is_static:
+                _log.warning(
+                    "%s is %s and makes up for a shift in a bias that engines may drop",
+                    name,
+                    self._schemes[name],
+                )
         if any(scheme.is_static for scheme in self._schemes.values()) and not self._samples:
             raise CalibrationError(
                 "calib_data is empty, and static activation quantization needs samples",
@@ -232,7 +243,17 @@ class Calibrator:
         """Return the scheme of the configuration; per-token for experts, as engines run them."""
         return dynamic_variant(self._scheme) if is_expert(name) else self._scheme
 
+    def _smooth(self) -> None:
+        """Suppress outliers as ``do_smooth`` asks, in the layers that will be quantized."""
+        done = suppress_model(
+            self.model, self._samples, AlphaSearch(), self._schemes.__getitem__, {}
+        )
+        for item in done.skipped:
+            _log.warning("%s is not smoothed: %s", item.source, item.reason)
+
     def _quantize(self) -> None:
+        if self.cfg.do_smooth:
+            self._smooth()
         observed = self._replace_layers()
         if observed:
             for _ in feed(self.model, self._samples, "Calibrating"):
