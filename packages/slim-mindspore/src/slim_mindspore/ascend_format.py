@@ -14,15 +14,16 @@ def check_ascend(config: QuantizationConfig) -> None:
     FormatError
         Smoothing scales divide inputs, the cache has scales per token, or a scheme has no type.
     """
-    if config.outliers_suppression is not None and config.smooth_into == "input":
+    smoothed = any(policy.outliers_suppression for policy in config.policies)
+    if smoothed and config.smooth_into == "input":
         raise FormatError(
             "ascend_v1 has no place for scales that divide the input, so outliers_suppression "
-            f"{config.outliers_suppression} needs smooth_into norm",
+            "needs smooth_into norm",
             hint="or write a .ckpt or .safetensors file (layout gs-ptq)",
         )
     if config.kvcache_quant_granularity == "per_token":
         raise FormatError("ascend_v1 holds a cache with fixed scales only, not one per token")
-    for scheme in config.schemes():
+    for scheme in (policy.scheme() for policy in config.policies):
         try:
             scheme.ascend_type  # noqa: B018  (the property checks)
         except InvalidValueError as error:

@@ -19,6 +19,7 @@ from slim_core.numerics import EPS
 from slim_mindspore.ascend import FusedDynamic, FusedStatic, FusedWeightOnly, on_ascend
 from slim_mindspore.framework import Parameter, Tensor, ms, nn, ops
 from slim_mindspore.layouts import encode_layer
+from slim_mindspore.linears import stores_rows
 from slim_mindspore.quantized_layer import SmoothedLinear
 
 # 1024 products of int8 by int8 stay within 2**24.
@@ -222,3 +223,17 @@ def constant(array: np.ndarray, name: str) -> Any:
 def activation_of(cell: Any) -> Any:
     """Return the activation that a linear cell applies, None if there is none."""
     return getattr(cell, "activation", None)
+
+
+def find_quantized(network: Any) -> dict[str, Any]:
+    """Return the quantized linear cells of a network by their full names."""
+    cells = network.cells_and_names()
+    return {name: cell for name, cell in cells if isinstance(cell, _QuantLinear)}
+
+
+def weight_shape(cell: Any) -> tuple[int, int]:
+    """Return outputs and inputs of a linear cell, float or quantized."""
+    if isinstance(cell, _QuantLinear):
+        return cell.out_features, cell.in_features
+    rows, columns = cell.weight.shape
+    return (rows, columns) if stores_rows(cell) else (columns, rows)

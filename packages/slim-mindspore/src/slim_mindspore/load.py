@@ -108,26 +108,32 @@ def load_quantized(path: PathLike, config: LlamaConfig | None = None) -> Any:
     return network
 
 
-def fill_network(network: Any, content: QuantizedTensors, what: str) -> None:
-    """Put the content of a checkpoint into a float network; see :func:`load_quantized`."""
-    from slim_mindspore.cells import activation_of, quant_cell
+def fill_network(
+    network: Any, content: QuantizedTensors, what: str, layout: str = "gs-ptq"
+) -> None:
+    """Put the content of a checkpoint into a network; see :func:`load_quantized`.
+
+    The network is a float one, or one whose cells have been replaced already; ``layout`` tells
+    whose names the parameters of the new cells have.
+    """
+    from slim_mindspore.cells import activation_of, find_quantized, quant_cell, weight_shape
     from slim_mindspore.kv_cache import ChannelKV, TokenKV
     from slim_mindspore.linears import find_linears, replace_cell
     from slim_mindspore.tensors import load_into
 
-    linears = find_linears(network)
+    linears = find_linears(network) | find_quantized(network)
     floats = dict(content.floats)
     for name, result in content.layers.items():
         if name not in linears:
             raise CheckpointError(f"{what}: {name} is no linear cell of the network")
-        shape = tuple(linears[name].weight.shape)
+        shape = weight_shape(linears[name])
         if result.layer.codes.shape != shape:
             raise CheckpointError(
                 f"{what}: {name} has shape {result.layer.codes.shape}, the network {shape}"
             )
     kept: dict[str, np.ndarray] = {}
     for name, result in content.layers.items():
-        cell = quant_cell(result, activation_of(linears[name]))
+        cell = quant_cell(result, activation_of(linears[name]), layout)
         replace_cell(network, name, cell)
         kept |= {f"{name}.{local}": p.asnumpy() for local, p in cell.parameters_and_names()}
     load_into(network, floats | kept, what)

@@ -13,14 +13,14 @@ import numpy as np
 
 from slim_core.errors import StructureError
 from slim_core.logging import get_logger
-from slim_core.scheme import QuantScheme
 from slim_mindspore.algorithm_args import AwqArgs
+from slim_mindspore.layer_policy import LayerPolicy
 from slim_mindspore.linears import cell_at, set_weight, weight_of
 from slim_mindspore.methods.awq import awq
 from slim_mindspore.methods.smooth import smooth_scales
 from slim_mindspore.quantization_config import QuantizationConfig
 from slim_mindspore.quantize_layer import stored
-from slim_mindspore.statistics import InputStatistics, collect
+from slim_mindspore.statistics import Forward, InputStatistics, call_with_ids, collect
 
 logger = get_logger("mindspore")
 
@@ -55,10 +55,10 @@ def norm_readers(linears: Mapping[str, Any]) -> dict[str, list[str]]:
 def smooth_into_norms(
     network: Any,
     linears: Mapping[str, Any],
-    schemes: Mapping[str, QuantScheme],
     config: QuantizationConfig,
     batches: Sequence[np.ndarray],
     storage: Any,
+    forward: Forward = call_with_ids,
 ) -> frozenset[str]:
     """Divide norms by smoothing scales and multiply the cells that read them, in place.
 
@@ -66,15 +66,15 @@ def smooth_into_norms(
     ----------
     network : Cell
     linears : mapping of str to Cell
-        All its linear cells.
-    schemes : mapping of str to QuantScheme
-        Of each of them; those that stay in floating point have no say in the scales.
+        All its linear cells; those that are not to be smoothed have no say in the scales.
     config : QuantizationConfig
     batches : sequence of numpy.ndarray
         Token ids.
     storage : numpy dtype
         In which norms will be stored.  The cells are multiplied by what the rounded norm makes of
         the scales, so that only their own rounding remains.
+    forward : callable
+        ``forward(network, ids)`` runs a batch.
 
     Returns
     -------
@@ -82,16 +82,18 @@ def smooth_into_norms(
         Names of the parameters that changed.
     """
     readers = norm_readers(linears)
-    quantized = {
-        norm: [name for name in names if not schemes[name].is_float]
+    smoothed = {
+        norm: [name for name in names if config.policy_of(name).outliers_suppression]
         for norm, names in readers.items()
     }
-    watched = {norm: linears[names[0]] for norm, names in quantized.items() if names}
-    statistics = collect(network, watched, batches, rows=config.awq_args() is not None)
+    watched = {norm: linears[names[0]] for norm, names in smoothed.items() if names}
+    rows = any(policy.awq_args() for policy in config.policies)
+    statistics = collect(network, watched, batches, forward=forward, rows=rows)
     changed: set[str] = set()
     for norm, seen in statistics.items():
-        weights = np.concatenate([weight_of(linears[name]) for name in quantized[norm]])
-        scales = _scales(norm, seen, weights, schemes[quantized[norm][0]], config)
+        weights = np.concatenate([weight_of(linears[name]) for name in smoothed[norm]])
+        policy = config.policy_of(smoothed[norm][0])
+        scales = _scales(norm, seen, weights, policy, config.weight_range)
         effective = _divide(cell_at(network, norm), scales, storage)
         for name in readers[norm]:
             set_weight(linears[name], weight_of(linears[name]) * effective)
@@ -104,17 +106,16 @@ def _scales(
     norm: str,
     seen: InputStatistics,
     weights: np.ndarray,
-    scheme: QuantScheme,
-    config: QuantizationConfig,
+    policy: LayerPolicy,
+    weight_range: str,
 ) -> np.ndarray:
     """Return the scales of the stacked weights of all cells that read a norm."""
-    options = config.awq_args()
-    if options is None or scheme.weight is None:
-        smooth = config.smooth_args()
+    options, scheme = policy.awq_args(), policy.scheme().weight
+    if options is None or scheme is None:
+        smooth = policy.smooth_args()
         return smooth_scales(seen.peak, weights, 0.5 if smooth is None else smooth.alpha)
     unclipped = AwqArgs.model_validate(options.model_dump() | {"weight_clip_ratio": 1.0})
-    found = awq(norm, weights, seen.rows, seen.mean, scheme.weight, unclipped, config.weight_range)
-    return found.smooth
+    return awq(norm, weights, seen.rows, seen.mean, scheme, unclipped, weight_range).smooth
 
 
 def _divide(norm: Any, scales: np.ndarray, storage: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ from slim_mindspore.norms import smooth_into_norms
 from slim_mindspore.quantization_config import QuantizationConfig
 from slim_mindspore.quantize_layer import quantize_linear, relative_errors
 from slim_mindspore.quantized_layer import CacheScales, SmoothedLinear, type_name
-from slim_mindspore.statistics import InputStatistics, collect
+from slim_mindspore.statistics import Forward, InputStatistics, call_with_ids, collect
 
 logger = get_logger("mindspore")
 
@@ -63,6 +63,8 @@ def quantize_network(
     batches: Sequence[np.ndarray] = (),
     *,
     storage: Any = np.float32,
+    layout: str = "gs-ptq",
+    forward: Forward | None = None,
 ) -> QuantizedNetwork:
     """Replace the linear cells of a network by quantized ones, in place.
 
@@ -77,6 +79,10 @@ def quantize_network(
         In which the scales of static inputs, and norms that take up smoothing scales, will be
         stored: they are rounded to it before anything is derived from them, so that the file
         computes what the network does.
+    layout : str
+        Whose names the parameters of the new cells have.
+    forward : callable, optional
+        ``forward(network, ids)`` runs a batch; ``network(Tensor(ids))`` if None.
 
     Raises
     ------
@@ -93,17 +99,18 @@ def quantize_network(
     schemes = plan(config, linears)
     attentions = _find_attentions(network) if config.kvcache_dtype else {}
     static_cache = bool(attentions) and config.kvcache_quant_granularity == "per_channel"
-    needy = {name for name, scheme in schemes.items() if needs_data(config, scheme)}
+    needy = {name for name in linears if config.policy_of(name).needs_data()}
     if (needy or static_cache) and not len(batches):
         raise CalibrationError(
             f"{config.quant_method} with these options needs calibration data",
             hint="pass batches of token ids (on the command line: -s FILE -t TYPE)",
         )
     done = QuantizedNetwork(network, config)
+    run = forward or call_with_ids
     if config.smooth_into == "norm":
-        done.changed = smooth_into_norms(network, linears, schemes, config, batches, storage)
+        done.changed = smooth_into_norms(network, linears, config, batches, storage, run)
     if static_cache:
-        done.caches = _cache_scales(network, attentions, batches)
+        done.caches = _cache_scales(network, attentions, batches, run)
     for names in _stages(config, list(schemes)):
         watched = {name: linears[name] for name in names if name in needy}
         statistics = (
@@ -111,14 +118,17 @@ def quantize_network(
                 network,
                 watched,
                 batches,
-                rows=config.awq_args() is not None,
-                hessian=config.gptq_args() is not None,
+                forward=run,
+                rows=any(policy.awq_args() for policy in config.policies),
+                hessian=any(policy.gptq_args() for policy in config.policies),
             )
             if watched
             else {}
         )
         for name in track(names, "Quantizing"):
-            _quantize_cell(done, name, linears[name], schemes[name], statistics.get(name), storage)
+            _quantize_cell(
+                done, name, linears[name], schemes[name], statistics.get(name), storage, layout
+            )
     for name, attention in attentions.items():
         _quantize_cache(name, attention, done.caches.get(name))
     network.update_parameters_name()
@@ -157,20 +167,13 @@ def plan(config: QuantizationConfig, linears: dict[str, Any]) -> dict[str, Quant
     return schemes
 
 
-def needs_data(config: QuantizationConfig, scheme: QuantScheme) -> bool:
-    """Whether quantizing a layer takes calibration data."""
-    if scheme.is_float:
-        return False
-    return bool(scheme.is_static or config.outliers_suppression or config.precision_recovery)
-
-
 def _stages(config: QuantizationConfig, names: list[str]) -> list[list[str]]:
     """Return the layers in the groups whose inputs are watched together.
 
     GPTQ goes block by block: Hessians of one block are in memory at a time, and later blocks see
     the outputs of the quantized ones.
     """
-    if config.gptq_args() is None:
+    if not any(policy.gptq_args() for policy in config.policies):
         return [names]
     stages: dict[str, list[str]] = {}
     for name in names:
@@ -186,6 +189,7 @@ def _quantize_cell(
     scheme: QuantScheme,
     statistics: InputStatistics | None,
     storage: Any,
+    layout: str,
 ) -> None:
     size = int(np.prod(cell.weight.shape)) * cell.weight.itemsize
     if scheme.is_float:
@@ -195,7 +199,7 @@ def _quantize_cell(
     start = time.perf_counter()
     result = quantize_linear(name, cell, scheme, done.config, statistics, storage)
     weight_error, output_error = relative_errors(cell, result, statistics)
-    replace_cell(done.network, name, quant_cell(result, activation_of(cell)))
+    replace_cell(done.network, name, quant_cell(result, activation_of(cell), layout))
     done.layers[name] = result
     done.reports.append(
         LayerReport(
@@ -231,7 +235,7 @@ def _find_attentions(network: Any) -> dict[str, Any]:
 
 
 def _cache_scales(
-    network: Any, attentions: dict[str, Any], batches: Sequence[np.ndarray]
+    network: Any, attentions: dict[str, Any], batches: Sequence[np.ndarray], forward: Forward
 ) -> dict[str, CacheScales]:
     """Return symmetric scales per channel of keys (after rotation) and values."""
     cells, widths = {}, {}
@@ -240,7 +244,9 @@ def _cache_scales(
             cell = getattr(attention, side)
             cells[f"{name}.{side}"] = cell
             widths[id(cell)] = attention.kv_heads * attention.head_dim
-    found = collect(network, cells, batches, channels_from=lambda cell: widths[id(cell)])
+    found = collect(
+        network, cells, batches, forward=forward, channels_from=lambda cell: widths[id(cell)]
+    )
 
     def scale(name: str) -> np.ndarray:
         return np.asarray(np.maximum(found[name].peak / np.float32(127), np.float32(EPS)))

@@ -52,7 +52,8 @@ def quantize_linear(
     input_scale = input_offset = None
     notes: tuple[str, ...] = ()
     method = "rtn"
-    smooth_args, awq_args, gptq_args = config.smooth_args(), config.awq_args(), config.gptq_args()
+    policy = config.policy_of(name)
+    smooth_args, awq_args, gptq_args = policy.smooth_args(), policy.awq_args(), policy.gptq_args()
     if config.smooth_into == "norm":  # which has been done; AWQ still looks for the range
         smooth_args = None
         awq_args = None if awq_args is None else awq_args.unscaled()

@@ -14,6 +14,7 @@ from slim_mindspore.framework import Tensor, ms, nn, ops
 from slim_mindspore.modes import pynative
 
 KEPT_ROWS = 512
+Forward = Callable[[Any, np.ndarray], Any]
 
 
 class InputStatistics:
@@ -94,11 +95,17 @@ class InputStatistics:
         return self.gram * (2.0 / self.tokens)
 
 
+def call_with_ids(network: Any, ids: np.ndarray) -> None:
+    """Call a network with int32 ids."""
+    network(Tensor(np.asarray(ids, np.int32), ms.int32)).asnumpy()
+
+
 def collect(
     network: Any,
     cells: Mapping[str, Any],
     batches: Iterable[np.ndarray],
     *,
+    forward: Forward | None = None,
     channels_from: Callable[[Any], int] | None = None,
     rows: bool = False,
     hessian: bool = False,
@@ -112,6 +119,8 @@ def collect(
     cells : mapping of str to Cell
     batches : iterable of numpy.ndarray
         Token ids.
+    forward : callable, optional
+        ``forward(network, ids)`` runs a batch; :func:`call_with_ids` if None.
     channels_from : callable, optional
         Tells how many channels a cell's input has, counted over its last axes; the last axis alone
         if None.
@@ -124,13 +133,14 @@ def collect(
         There are no batches, or a cell was never called.
     """
     statistics = {name: InputStatistics(name, rows=rows, hessian=hessian) for name in cells}
+    run = forward or call_with_ids
     count = 0
     with pynative(), contextlib.ExitStack() as hooks:
         for name, cell in cells.items():
             width = channels_from(cell) if channels_from else None
             hooks.callback(watch(cell, statistics[name], width).remove)
         for batch in batches:
-            network(Tensor(np.asarray(batch, np.int32), ms.int32)).asnumpy()
+            run(network, batch)
             count += 1
     if not count:
         raise CalibrationError("there is no calibration data")

@@ -17,9 +17,10 @@ from slim_mindspore.approaches import APPROACHES, from_approach
 from slim_mindspore.ascend_format import check_ascend
 from slim_mindspore.datasets import DATASETS, DEFAULT_SAMPLES, read_texts, token_batches
 from slim_mindspore.hub import read_config
+from slim_mindspore.layer_policy import GROUP_SIZES
 from slim_mindspore.layouts import COMPUTE_DTYPES, LAYOUT_OF, LAYOUTS
 from slim_mindspore.llama_config import LlamaConfig
-from slim_mindspore.quantization_config import GROUP_SIZES, QuantizationConfig
+from slim_mindspore.quantization_config import QuantizationConfig
 from slim_mindspore.run_config import read_run_config
 from slim_mindspore.tensors import WEIGHT_SUFFIXES, model_dir, model_dtype
 
