@@ -18,6 +18,7 @@ from slim_core.errors import (
 )
 from slim_core.formats import FORMATS
 from slim_core.groups import is_expert
+from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
 from slim_core.matching import match_all
 from slim_core.plan import dynamic_variant
@@ -26,14 +27,16 @@ from slim_core.recipe import ObserverKind
 from slim_core.scheme import FLOAT, QuantScheme
 from slim_core.validate import check_type
 from slim_ptq.attention.model_attention import ModelAttention
+from slim_ptq.calibration.moments import model_inputs
 from slim_ptq.calibration.observed import ObservedLinear
 from slim_ptq.calibration.samples import check_samples, feed
 from slim_ptq.config import QuantConfig
 from slim_ptq.fallback import choose_fallback, measure_spread
-from slim_ptq.methods import make_method
+from slim_ptq.methods import LayerInputs, Needs, make_method
 from slim_ptq.mixed import check_mix, resolve_mix
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
+from slim_ptq.pipeline.quantizing import quantize_weight
 from slim_ptq.pipeline.suppressing import suppress_model
 from slim_ptq.save import save_model
 from slim_ptq.structure import (
@@ -128,6 +131,11 @@ class Calibrator:
             raise CalibrationError(
                 "calib_data is empty, and static activation quantization needs samples",
                 hint="pass calib_data, or use is_dynamic=True or a_bit=16",
+            )
+        if not self._samples and any(self._needs().values()):
+            raise CalibrationError(
+                f"calib_data is empty, and w_method {cfg.w_method!r} needs samples",
+                hint="pass calib_data, or use w_method 'MinMax' or 'HQQ'",
             )
         self._attention = ModelAttention(
             model, cfg, self._linears, self._samples, self._disabled_names()
@@ -265,13 +273,15 @@ class Calibrator:
         """Quantize all weights; return the layers whose input range is still to be found."""
         generator = torch.Generator().manual_seed(_SEED)
         observed: dict[str, ObservedLinear] = {}
-        for name, linear in track(list(self._linears.items()), "Quantizing weights"):
+        layers: dict[str, QuantizedLinear] = {}
+        # All inputs are those of the float model: nothing is replaced before all are seen.
+        for inputs in model_inputs(self.model, self._linears, self._needs(), self._samples):
+            layers |= {name: self._layer(name, seen) for name, seen in inputs.items()}
+        for name in track(list(self._linears), "Quantizing weights"):
             scheme = self._schemes[name]
             if scheme.weight is None:
                 continue
-            method = make_method(self.cfg.method(scheme))
-            parts = method.quantize(name, weight_of(linear), scheme.weight)
-            layer = parts.layer(name, scheme, bias_of(linear), _dtype_name(self._dtype))
+            layer = layers.pop(name, None) or self._layer(name)
             if scheme.activation is None or scheme.is_dynamic:
                 self._put(name, FakeQuantLinear(layer, self._dtype))
                 continue
@@ -285,6 +295,28 @@ class Calibrator:
             )
             self._put(name, observed[name])
         return observed
+
+    def _needs(self) -> dict[str, Needs]:
+        """Return what the methods of the quantized layers have to know of their inputs."""
+        return {
+            name: make_method(self.cfg.method(scheme)).needs
+            for name, scheme in self._schemes.items()
+            if not scheme.is_float
+        }
+
+    def _layer(self, name: str, inputs: LayerInputs | None = None) -> QuantizedLinear:
+        """Return a layer with its weight quantized."""
+        linear = self._linears[name]
+        scheme = self._schemes[name]
+        return quantize_weight(
+            name,
+            scheme,
+            self.cfg.method(scheme),
+            weight_of(linear),
+            bias_of(linear),
+            model_dtype=_dtype_name(self._dtype),
+            inputs=inputs,
+        )
 
     def _observer_of(self, name: str, observed: dict[str, ObservedLinear]) -> Observer | None:
         """Return the observer whose range a layer takes, None for its own.

@@ -50,6 +50,7 @@ def check_config(values: Values) -> Values:
     _check_sparse(values)
     _check_dynamic(values)
     _settle_groups(values)
+    _settle_smoothing(values)
     _check_nf(values)
     _check_four_bits(values)
     values["model_quant_type"] = kind = _quant_type(values)
@@ -72,14 +73,11 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
         The type or the weight method is not part of this release.
     """
     kind = "W8A8_MIX" if config.pdmix else config.model_quant_type
-    wanted = [name for name in ("tp_size", "do_smooth") if getattr(config, name)]
-    if kind not in AVAILABLE or config.w_method not in ("MinMax", "NF") or wanted:
-        what = f"{kind} with w_method {config.w_method}" + "".join(
-            f" and {name}" for name in wanted
-        )
+    if kind not in AVAILABLE or config.tp_size:
+        what = f"{kind} and tp_size" if config.tp_size else kind
         raise InvalidValueError(
             f"this release does not quantize to {what}",
-            hint=f"available are {', '.join(AVAILABLE)} with w_method MinMax",
+            hint=f"available are {', '.join(AVAILABLE)}",
         )
     text = kind.lower()
     if kind == "FLOAT":
@@ -94,8 +92,16 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
 
 
 def method_of(config: QuantConfig, scheme: QuantScheme) -> MethodSpec:
-    """Return the method with which a layer of a scheme is quantized."""
+    """Return the method with which a layer of a scheme is quantized.
+
+    ``w_method`` is that of layers of the type of the configuration; others, which ``mix_cfg``
+    names, are rounded to nearest unless they are weight-only too.
+    """
     if scheme.variant is not Variant.SPARSE:
+        if config.w_method == "GPTQ" and not scheme.is_static:
+            return MethodSpec("gptq", (("damp", config.percdamp),))
+        if config.w_method == "HQQ" and not scheme.is_static:
+            return MethodSpec("hqq")
         return MINMAX
     options: dict[str, Any] = {"scope": "row" if config.is_lowbit else "tensor"}
     if config.is_lowbit and config.use_sigma:
@@ -203,6 +209,12 @@ def _settle_groups(values: Values) -> None:
             f"w_method {values['w_method']} with is_lowbit needs per-group weights",
             hint="set open_outlier=False and a_bit=16",
         )
+
+
+def _settle_smoothing(values: Values) -> None:
+    if values["do_smooth"] and not values["is_lowbit"]:
+        _log.warning("do_smooth goes with is_lowbit and is not used; use AntiOutlier instead")
+        values["do_smooth"] = False
 
 
 def _check_nf(values: Values) -> None:

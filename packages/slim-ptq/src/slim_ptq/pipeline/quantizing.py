@@ -11,9 +11,11 @@ from slim_core.checkpoint import Checkpoint
 from slim_core.export import CheckpointExport
 from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
+from slim_core.method import MethodSpec
 from slim_core.plan import LayerPlan
 from slim_core.report import LayerReport
-from slim_ptq.methods import LayerInputs, MinMax, Needs, WeightMethod, make_method, relative_error
+from slim_core.scheme import QuantScheme
+from slim_ptq.methods import LayerInputs, MinMax, WeightMethod, make_method, relative_error
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.tensors import from_numpy
 
@@ -37,7 +39,27 @@ def quantize_layer(
     inputs: LayerInputs | None = None,
     input_params: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[QuantizedLinear, float]:
-    """Quantize a layer by its method; returns it and the relative error of its weight.
+    """Quantize a planned layer; returns it and the relative error of its weight."""
+    layer = quantize_weight(
+        plan.name, plan.scheme, plan.method, weight, bias, model_dtype=model_dtype, inputs=inputs
+    )
+    if input_params is not None:
+        scale, offset = (part.to(weight.device) for part in input_params)
+        layer = replace(layer, input_scale=scale, input_offset=offset)
+    return layer, relative_error(weight, layer)
+
+
+def quantize_weight(
+    name: str,
+    scheme: QuantScheme,
+    method: MethodSpec,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    model_dtype: str,
+    inputs: LayerInputs | None = None,
+) -> QuantizedLinear:
+    """Quantize the weight of a layer by a method.
 
     Parameters
     ----------
@@ -45,20 +67,17 @@ def quantize_layer(
         There if the method needs calibration data.  A layer that no token reached, an expert, is
         rounded to nearest; its notes say so.
     """
-    assert plan.scheme.weight is not None  # narrowing: only quantized layers are planned
-    method: WeightMethod = make_method(plan.method)
+    assert scheme.weight is not None  # narrowing: only quantized layers come here
+    made: WeightMethod = make_method(method)
     notes: tuple[str, ...] = ()
-    if method.needs is not Needs.NONE and inputs is not None and not inputs.count:
-        notes = (f"no calibration token reached it: minmax in the place of {plan.method}",)
-        _log.warning("%s: %s", plan.name, notes[0])
-        method = MinMax()
-    parts = method.quantize(plan.name, weight, plan.scheme.weight, inputs)
-    layer = parts.layer(plan.name, plan.scheme, bias, model_dtype)
-    layer = replace(layer, notes=notes + layer.notes)
-    if input_params is not None:
-        scale, offset = (part.to(weight.device) for part in input_params)
-        layer = replace(layer, input_scale=scale, input_offset=offset)
-    return layer, relative_error(weight, layer)
+    if made.needs and inputs is not None and not inputs.count:
+        notes = (f"no calibration token reached it: minmax in the place of {method}",)
+        _log.warning("%s: %s", name, notes[0])
+        made = MinMax()
+    layer = made.quantize(name, weight, scheme.weight, inputs).layer(
+        name, scheme, bias, model_dtype
+    )
+    return replace(layer, notes=notes + layer.notes)
 
 
 def write_layer(

@@ -12,6 +12,7 @@ from slim_core.groups import input_group
 from slim_core.numerics import check_finite
 from slim_core.plan import LayerPlan
 from slim_core.recipe import ObserverKind
+from slim_ptq.calibration.moments import Moments
 from slim_ptq.methods import LayerInputs, Needs, make_method
 from slim_ptq.observers import Observer, make_observer
 
@@ -35,11 +36,7 @@ class InputStatistics:
 
     def __init__(self, name: str, observer: Observer | None, needs: Needs = Needs.NONE) -> None:
         self._name = name
-        self._needs = needs
-        self._count = 0
-        self._inputs: LayerInputs | None = None
-        self._hessian: torch.Tensor | None = None
-        self._squares: torch.Tensor | None = None
+        self._moments = Moments(needs)
         self.observer = observer
         self.tokens: torch.Tensor | None = None
 
@@ -48,10 +45,9 @@ class InputStatistics:
         if not x.numel():
             return
         check_finite(self._name, "input", x)
-        rows = x.detach().reshape(-1, x.shape[-1])
         if self.tokens is None:
-            self.tokens = rows[:_KEPT_TOKENS].clone()
-        self._accumulate(rows)
+            self.tokens = x.detach().reshape(-1, x.shape[-1])[:_KEPT_TOKENS].clone()
+        self._moments.add(x)
         if self.observer is None:
             return
         if x.ndim == 3:
@@ -61,27 +57,7 @@ class InputStatistics:
 
     def inputs(self) -> LayerInputs:
         """Return what methods see of all batches so far; the same object until the next batch."""
-        if self._inputs is None:
-            count = max(self._count, 1)
-            hessian = None if self._hessian is None else self._hessian / count
-            moments = None if self._squares is None else self._squares / count
-            if hessian is not None:
-                moments = hessian.diagonal()
-            self._inputs = LayerInputs(self._count, hessian, moments)
-        return self._inputs
-
-    def _accumulate(self, rows: torch.Tensor) -> None:
-        self._count += rows.shape[0]
-        self._inputs = None
-        if Needs.HESSIAN in self._needs:
-            rows = rows.float()
-            if self._hessian is None:
-                self._hessian = rows.T @ rows
-            else:
-                self._hessian.addmm_(rows.T, rows)
-        elif Needs.MOMENTS in self._needs:
-            squares = rows.float().square().sum(dim=0)
-            self._squares = squares if self._squares is None else self._squares + squares
+        return self._moments.inputs()
 
 
 def block_statistics(
