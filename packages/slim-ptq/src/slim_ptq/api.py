@@ -49,6 +49,7 @@ def quantize(
     scheme: str | None = None,
     recipe: Recipe | PathLike | None = None,
     method: str | None = None,
+    smooth: str | None = None,
     format: str | None = None,
     calibration: PathLike | Iterable[str] | CalibrationData | None = None,
     samples: int = 32,
@@ -78,6 +79,10 @@ def quantize(
     method : str, optional
         How weights are quantized (:data:`slim_ptq.methods.METHODS`), ``minmax`` by default; in the
         place of that of the recipe.
+    smooth : str, optional
+        How activation outliers are suppressed first
+        (:class:`slim_core.recipe.SmoothMethod`), not at all by default; in the place of what the
+        recipe says.
     format : str, optional
         ``ascend_v1`` (default), ``safe_tensor`` or ``float``.
     calibration : path, texts or CalibrationData, optional
@@ -115,6 +120,7 @@ def quantize(
         scheme=scheme,
         recipe=recipe,
         method=method,
+        smooth=smooth,
         format=format,
         calibration=calibration,
         samples=samples,

@@ -52,6 +52,7 @@ def prepare(
     scheme: str | None = None,
     recipe: Recipe | PathLike | None = None,
     method: str | None = None,
+    smooth: str | None = None,
     format: str | None = None,
     calibration: PathLike | Iterable[str] | CalibrationData | None = None,
     samples: int = 32,
@@ -71,7 +72,9 @@ def prepare(
         Whatever is wrong; a :class:`~slim_core.errors.PlanError` lists all problems of the layers.
     """
     directory = as_path("model", model)
-    resolved = _resolve_recipe(recipe, scheme=scheme, method=method, form=format)
+    resolved = _resolve_recipe(
+        recipe, scheme=scheme, method=method, smooth=smooth, format=format
+    )
     checkpoint = open_checkpoint(directory)
     try:
         inventory = take_inventory(checkpoint, trust_remote_code=trust_remote_code)
@@ -110,9 +113,9 @@ def prepare(
 
 
 def _resolve_recipe(
-    recipe: Recipe | PathLike | None, *, scheme: str | None, method: str | None, form: str | None
+    recipe: Recipe | PathLike | None, *, scheme: str | None, **values: str | None
 ) -> Recipe:
-    values = {"scheme": scheme, "method": method, "format": form}
+    values = {"scheme": scheme, **values}
     given = {key: value for key, value in values.items() if value is not None}
     if recipe is None:
         return Recipe.build(**given)

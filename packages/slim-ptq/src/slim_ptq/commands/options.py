@@ -26,6 +26,12 @@ Method = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="How weights are quantized: minmax (default) or another method by name."),
 ]
+Smooth = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Suppress activation outliers first: smoothquant, threshold, awq, iterative, cbq, flex."
+    ),
+]
 FormatName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--format", help="ascend_v1 (default), safe_tensor or float."),
