@@ -72,9 +72,7 @@ def prepare(
         Whatever is wrong; a :class:`~slim_core.errors.PlanError` lists all problems of the layers.
     """
     directory = as_path("model", model)
-    resolved = _resolve_recipe(
-        recipe, scheme=scheme, method=method, smooth=smooth, format=format
-    )
+    resolved = _resolve_recipe(recipe, scheme=scheme, method=method, smooth=smooth, format=format)
     checkpoint = open_checkpoint(directory)
     try:
         inventory = take_inventory(checkpoint, trust_remote_code=trust_remote_code)

@@ -29,7 +29,7 @@ Method = Annotated[
 Smooth = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        help="Suppress activation outliers first: smoothquant, threshold, awq, iterative, cbq, flex."
+        help="Suppress outliers first: smoothquant, threshold, awq, iterative, cbq or flex."
     ),
 ]
 FormatName = Annotated[
