@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from slim_core.checkpoint import open_checkpoint
 from slim_core.errors import CheckpointError, StructureError
 from slim_core.files import PathLike, as_path
 from slim_core.layers import QuantizedLinear
 from slim_core.quantized import QuantizedCheckpoint, is_quantized
 from slim_ptq.attention.restore import restore_attention
 from slim_ptq.devices import torch_device
-from slim_ptq.loading import empty_model, load_parameters
+from slim_ptq.loading import empty_model, load_parameters, model_factory
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.structure import checkpoint_names, find_linears, is_linear, unfuse_experts
 from slim_ptq.structure.norms import is_norm_like
@@ -42,12 +43,8 @@ def load_model(path: PathLike, *, device: str = "cpu", trust_remote_code: bool =
 
 
 def _load_float(root: Path, device: torch.device, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
-
     try:
-        model = factory.from_pretrained(
+        model = model_factory(open_checkpoint(root).config).from_pretrained(
             root,
             dtype=torch.float32 if device.type == "cpu" else "auto",
             trust_remote_code=trust_remote_code,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from slim_ptq.tensors import from_numpy
 
 
 def empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """Return the causal language model of a checkpoint with all parameters on the meta device.
+    """Return the language model of a checkpoint with all parameters on the meta device.
 
     Buffers that the code computes (rotary frequencies) are real.
 
@@ -33,15 +33,15 @@ def empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     StructureError
         transformers cannot build the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    factory: Any = AutoModelForCausalLM
     if not checkpoint.config:
         raise CheckpointError(f"{checkpoint.path} has no config.json")
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        factory = model_factory(checkpoint.config)
         with _parameters_on_meta():
             model = factory.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
@@ -54,6 +54,23 @@ def empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def model_factory(config: Mapping[str, Any]) -> Any:
+    """Return the automatic class of transformers for a configuration.
+
+    Models that read images and text have one of their own; everything else is a causal language
+    model.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = config.get("model_type")
+    with_images = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in config
+    if with_images and not causal:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def load_parameters(
