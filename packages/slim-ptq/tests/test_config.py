@@ -229,7 +229,6 @@ def test_scheme_of_a_configuration(given: dict[str, Any], scheme: str) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"a_bit": 16, "w_method": "GPTQ"},
         {"w_bit": 4, "a_bit": 4, "is_dynamic": True},
     ],
 )

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 import torch
 
+from slim_core.dtypes import TableType
 from slim_core.errors import InvalidValueError
-from slim_core.numerics import check_finite
+from slim_core.numerics import EPS, check_finite
 from slim_core.scheme import QuantScheme, TensorScheme
 from slim_core.validate import check_float, check_int, check_type
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
@@ -46,9 +47,10 @@ _FITS: dict[Range, Fit] = {Range.MINMAX: keep_minmax, Range.SEARCH: shrink_range
 class GPTQ:
     """Minimize the output error of a layer on the calibration data.
 
-    The grid is frozen before codes are chosen: codes, scale and offset belong together.  The
-    result never has a larger error than rounding to nearest on the same grid, measured on the
-    objective, ``tr((W - W_q) (H + damp) (W - W_q)ᵀ)``.
+    The grid is frozen while codes are chosen, and moved only as long as codes are: codes, scale
+    and offset belong together.  The result never has a larger error than rounding to nearest on
+    the grid that was chosen first, measured on the objective
+    ``tr((W - W_q) (H + damp) (W - W_q)ᵀ)``.
 
     Parameters
     ----------
@@ -61,7 +63,9 @@ class GPTQ:
         its turn comes, from weights that make up for the errors so far.  The order of activations
         needs static groups, since groups are stored as they lie.
     sweeps : int
-        Passes of coordinate descent afterwards, in [0, 100]; they end early when nothing changes.
+        Passes of coordinate descent afterwards, in [0, 100], each over all scales and offsets (if
+        ``refit``) and then over all codes; they end early when no code changes.
+    refit : bool
     block : int
         Columns between two updates of the whole weight: decides speed, not results.
 
@@ -79,6 +83,7 @@ class GPTQ:
     range: Range = Range.SEARCH
     static_groups: bool = True
     sweeps: int = 2
+    refit: bool = True
     block: int = 128
 
     def __post_init__(self) -> None:
@@ -87,6 +92,7 @@ class GPTQ:
         object.__setattr__(self, "range", check_enum("range", self.range, Range))
         check_type("static_groups", self.static_groups, bool)
         check_int("sweeps", self.sweeps, low=0, high=100)
+        check_type("refit", self.refit, bool)
         check_int("block", self.block, low=1)
         if self.order is Order.ACTIVATION and not self.static_groups:
             raise InvalidValueError(
@@ -120,6 +126,8 @@ class GPTQ:
             rounding.forward()
         rounding.keep_nearest()
         for _ in range(self.sweeps):
+            if self.refit:
+                rounding.move_grids()
             if not rounding.sweep():
                 break
         return rounding.grid.parts(rounding.codes(), feedback.notes)
@@ -198,6 +206,48 @@ class _Rounding:
         self._codes = torch.where(better, codes.T[self._feedback.order], self._codes)
         self._error = torch.where(better, error, self._error)
 
+    def move_grids(self) -> None:
+        """Set scale and offset of each group to the best ones given all codes."""
+        groups = self.grid.scale.shape[1]
+        natural = torch.empty_like(self._feedback.order)
+        natural[self._feedback.order] = torch.arange(len(natural), device=natural.device)
+        scheme = self.grid.scheme
+        fixed = scheme.symmetric or isinstance(scheme.dtype, TableType)
+        for group, places in enumerate(natural.reshape(groups, -1)):
+            rows = self._feedback.hessian[places]
+            own = rows[:, places]
+            self._move_scale(group, places, rows @ self._error, own)
+            if not fixed:
+                self._move_offset(group, places, rows @ self._error, own)
+
+    def _move_scale(
+        self, group: int, places: torch.Tensor, slope: torch.Tensor, own: torch.Tensor
+    ) -> None:
+        grid = self._group_grid(group)
+        levels = grid.values(self._codes[places]) / grid.scale
+        pull, stiffness = _sums(levels * slope, levels * (own @ levels), self.grid)
+        other = grid.moved(grid.scale + pull / stiffness.clamp(min=EPS**2), grid.offset)
+        step = other.scale - grid.scale
+        better = stiffness * step.square() < 2 * pull * step
+        step = torch.where(better, step, torch.zeros_like(step))
+        self.grid.scale[:, group] += step
+        self._error[places] -= step * levels
+
+    def _move_offset(
+        self, group: int, places: torch.Tensor, slope: torch.Tensor, own: torch.Tensor
+    ) -> None:
+        grid = self._group_grid(group)
+        dtype = grid.scheme.dtype
+        pull, stiffness = _sums(
+            grid.scale * slope, (grid.scale**2 * own.sum()).expand_as(slope[:1]), self.grid
+        )
+        offset = grid.offset - pull / stiffness.clamp(min=EPS**2)
+        step = offset.round().clamp(dtype.min, dtype.max) - grid.offset
+        better = stiffness * step.square() < -2 * pull * step
+        step = torch.where(better, step, torch.zeros_like(step))
+        self.grid.offset[:, group] += step
+        self._error[places] += step * grid.scale
+
     def sweep(self) -> bool:
         """Set each code to the best one given all others; returns whether any code changed."""
         hessian = self._feedback.hessian
@@ -240,8 +290,21 @@ class _Rounding:
         return bool(move.any())
 
     def _column_grid(self, column: int) -> Grid:
-        group = int(self._groups[column])
-        return Grid(self.grid.scheme, self.grid.scale[:, group], self.grid.offset[:, group])
+        return self._group_grid(int(self._groups[column]))
+
+    def _group_grid(self, group: int) -> Grid:
+        unit = None if self.grid.unit is None else self.grid.unit[:, 0]
+        return Grid(self.grid.scheme, self.grid.scale[:, group], self.grid.offset[:, group], unit)
+
+
+def _sums(
+    pull: torch.Tensor, stiffness: torch.Tensor, grid: WeightGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sums over the channels of a group, and over all rows if they share one scale."""
+    sums = pull.sum(dim=0), stiffness.sum(dim=0)
+    if len(grid.scale) == 1:
+        return sums[0].sum(dim=0, keepdim=True), sums[1].sum(dim=0, keepdim=True)
+    return sums
 
 
 def _channel_order(moments: torch.Tensor, order: Order, size: int) -> torch.Tensor | None:
