@@ -84,6 +84,7 @@ class QuantConfig:
     disable_last_linear: bool
     pdmix: bool
     is_lowbit: bool
+    do_smooth: bool
     fraction: float
     nonuniform: bool
     use_sigma: bool
