@@ -44,6 +44,60 @@ def test_parse(text, weight, activation, ascend):
     assert QuantScheme.parse(text.upper()) == scheme
 
 
+@pytest.mark.parametrize(
+    ("text", "ascend", "weight", "activation", "group"),
+    [
+        ("w8a8_mix", "W8A8_MIX", "int8 per_channel", "int8 per_tensor", 0),
+        ("w4a16", "W4A16", "int4 per_channel", None, 0),
+        ("w4a16_g128_asym", "W4A16", "int4 per_group", None, 128),
+        ("w4a8_dynamic", "W4A8_DYNAMIC", "int4 per_channel", "int8 per_token", 0),
+        ("w4a8_dynamic_g32", "W4A8_DYNAMIC", "int4 per_group", "int8 per_token", 32),
+        ("w4a4_dynamic", "W4A4_DYNAMIC", "int4 per_channel", "int4 per_token", 0),
+        (
+            "w4a4_flatquant_dynamic",
+            "W4A4_FLATQUANT_DYNAMIC",
+            "int4 per_channel",
+            "int4 per_token",
+            0,
+        ),
+        ("nf4", "NF4", "nf4 per_block", None, 0),
+        ("nf4_b128", "NF4", "nf4 per_block", None, 0),
+        ("w8a8_mxfp8", "W8A8_MXFP8", "fp8_e4m3 per_group", "fp8_e4m3 per_group", 32),
+        ("w4a8_mxfp", "W4A8_MXFP", "fp4_e2m1 per_group", "fp8_e4m3 per_group", 32),
+        ("w4a4_mxfp4", "W4A4_MXFP4", "fp4_e2m1 per_group", "fp4_e2m1 per_group", 32),
+    ],
+)
+def test_low_bit_types(text, ascend, weight, activation, group):
+    scheme = QuantScheme.parse(text)
+    assert scheme.ascend_type == ascend
+    assert str(scheme) == text
+    assert scheme.group_size == group
+    found = [
+        tensor and f"{tensor.dtype} {tensor.granularity.value}"
+        for tensor in (scheme.weight, scheme.activation)
+    ]
+    assert found == [weight, activation]
+
+
+def test_blocks_of_64_need_not_be_named():
+    assert QuantScheme.parse("nf4_b64") == QuantScheme.parse("nf4")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nf4_g64",
+        "nf4_asym",
+        "w4a8_dynamic_asym",
+        "w4a4_dynamic_g32",
+        "w4a4_mxfp4_g32",
+        "w8a8s_asym",
+    ],
+)
+def test_what_a_type_cannot_be(text):
+    assert parsed_name(text) is None
+
+
 def test_every_known_scheme_parses_to_itself():
     for text in KNOWN_SCHEMES:
         assert str(QuantScheme.parse(text)) == text

@@ -169,7 +169,7 @@ def scheme_of(name: str, kind: str, tensors: Mapping[str, np.ndarray]) -> QuantS
         return QuantScheme.parse(f"{text}_b{rows * columns // max(scale.size, 1)}")
     if scale.shape == (1,):
         text += "_tensor"
-    elif scale.ndim == 2 and scale.shape[1] > 1:
+    elif scale.ndim == 2 and (scale.shape[1] > 1 or SECOND_SCALE in tensors):
         text += f"_g{columns // scale.shape[1]}"  # of groups the columns are never packed
     offset = tensors.get("weight_offset")
     if offset is not None and offset.any():

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from slim_core.errors import FormatError
-from slim_core.formats.layout import packed_axis
+from slim_core.formats.layout import groups_in_row, packed_axis
 from slim_core.packing import pack_int4, unpack_int4
 from slim_core.scheme import QuantScheme
 from slim_core.tables import FP4, FP8, NF4
@@ -32,7 +32,7 @@ def store_codes(codes: np.ndarray, scheme: QuantScheme, *, packed: bool) -> np.n
         return np.ascontiguousarray(codes).view(ml_dtypes.float8_e4m3fn)
     if dtype == FP4:
         return np.asarray(pack_int4((codes ^ 8) - 8)).view(np.uint8)
-    axis = packed_axis(scheme, packed=packed)
+    axis = packed_axis(scheme, groups_in_row(scheme, codes.shape[1]), packed=packed)
     return codes if axis is None else np.asarray(pack_int4(codes, axis))
 
 
@@ -47,7 +47,7 @@ def load_codes(
         return np.ascontiguousarray(stored).view(np.int8)
     if dtype == FP4:
         return np.asarray(unpack_int4(stored.view(np.int8))) & 15
-    axis = packed_axis(scheme, packed=packed)
+    axis = packed_axis(scheme, groups_in_row(scheme, shape[1]), packed=packed)
     return stored if axis is None else np.asarray(unpack_int4(stored, axis))
 
 
@@ -73,7 +73,9 @@ def stored_shape(
     if stored.ndim != 2:
         raise FormatError(f"{name}.weight must have two dimensions, not shape {stored.shape}")
     lengths = list(stored.shape)
-    axis = -1 if dtype == FP4 else packed_axis(scheme, packed=packed)
+    scale = tensors.get("weight_scale")
+    groups = 1 if scale is None or not scale.ndim else scale.shape[-1]
+    axis = -1 if dtype == FP4 else packed_axis(scheme, groups, packed=packed)
     if axis is not None:
         lengths[axis] *= 2
     return lengths[0], lengths[1]

@@ -38,12 +38,23 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def packed_axis(scheme: QuantScheme, *, packed: bool) -> int | None:
-    """Return along which axis pairs of integer codes share a byte, None if they do not."""
+def packed_axis(scheme: QuantScheme, groups: int, *, packed: bool) -> int | None:
+    """Return along which axis pairs of integer codes share a byte, None if they do not.
+
+    Parameters
+    ----------
+    groups : int
+        Scales in a row: readers take W4A16 with one for per-channel weights.
+    """
     kind = scheme.ascend_type
     if not packed or kind not in ("W4A16", "W4A8_DYNAMIC"):
         return None
-    return -1 if kind == "W4A16" and not scheme.group_size else -2
+    return -1 if kind == "W4A16" and groups == 1 else -2
+
+
+def groups_in_row(scheme: QuantScheme, columns: int) -> int:
+    """Return the number of scales in a row of a weight of so many input channels."""
+    return columns // scheme.group_size if scheme.group_size else 1
 
 
 def layout_problem(scheme: QuantScheme, shape: tuple[int, int], *, packed: bool) -> str | None:
@@ -53,7 +64,8 @@ def layout_problem(scheme: QuantScheme, shape: tuple[int, int], *, packed: bool)
     size = scheme.group_size
     if size and columns % size:
         return f"group size {size} does not divide its {columns} input channels"
-    axis = packed_axis(scheme, packed=packed)
+    groups = groups_in_row(scheme, columns)
+    axis = packed_axis(scheme, groups, packed=packed)
     if axis is not None and shape[axis] % 2:
         which = "output" if axis == -2 else "input"
         return f"pairs of its {shape[axis]} {which} channels share a byte, and the number is odd"
@@ -63,8 +75,8 @@ def layout_problem(scheme: QuantScheme, shape: tuple[int, int], *, packed: bool)
         return f"engines pack 8 codes in a word, and its {columns} input channels do not divide"
     if kind == "NF4":
         return _block_problem(scheme, rows * columns)
-    if "MXFP" in kind and columns // size % 2:
-        return f"engines read scales in pairs, and it has {columns // size} groups in a row"
+    if "MXFP" in kind and groups % 2:
+        return f"engines read scales in pairs, and it has {groups} groups in a row"
     return None
 
 
@@ -119,7 +131,7 @@ def _codes(
     if weight.dtype == FP4:
         return TensorSpec(np.dtype(np.uint8), (rows, columns // 2))
     stored = list(shape)
-    axis = packed_axis(scheme, packed=packed)
+    axis = packed_axis(scheme, groups_in_row(scheme, columns), packed=packed)
     if axis is not None:
         stored[axis] //= 2
     return TensorSpec(np.dtype(np.int8), tuple(stored))
@@ -129,7 +141,7 @@ def _scales(
     scheme: QuantScheme, weight: TensorScheme, shape: tuple[int, int], packed: bool
 ) -> dict[str, TensorSpec]:
     rows, columns = shape
-    groups: Shape = (rows, columns // scheme.group_size if scheme.group_size else 1)
+    groups: Shape = (rows, groups_in_row(scheme, columns))
     if weight.granularity is Granularity.PER_TENSOR:
         groups = (1,)
     if scheme.variant is Variant.SPARSE:
