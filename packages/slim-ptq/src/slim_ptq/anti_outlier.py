@@ -21,6 +21,7 @@ from slim_core.scheme import QuantScheme
 from slim_core.validate import check_type, did_you_mean
 from slim_ptq.anti_outlier_config import AntiOutlierConfig
 from slim_ptq.calibration.samples import check_samples
+from slim_ptq.offload import place
 from slim_ptq.pipeline.suppressing import AntiOutlierResult, suppress_model
 from slim_ptq.structure import find_blocks, find_linears, fused_state_dict
 from slim_ptq.structure.norms import is_norm_like
@@ -90,7 +91,8 @@ class AntiOutlier:
         if self.result is not None:
             raise InvalidValueError("the model was processed already")
         training = self.model.training
-        self.model.eval().to(self.cfg.device)
+        self.model.eval()
+        place(self.model, self.cfg.device)
         try:
             self.result = suppress_model(
                 self.model, self._samples, self.cfg.method(), self._scheme_of, self._barred

@@ -36,6 +36,7 @@ from slim_ptq.methods import LayerInputs, Needs, make_method
 from slim_ptq.mixed import check_mix, resolve_mix
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
+from slim_ptq.offload import discard, keep_like, place, resident
 from slim_ptq.pipeline.quantizing import quantize_weight
 from slim_ptq.pipeline.suppressing import suppress_model
 from slim_ptq.save import save_model
@@ -110,7 +111,7 @@ class Calibrator:
         self._done = False
 
         model.eval()
-        model.to(cfg.device)
+        place(model, cfg.device)
         unfuse_experts(model)
         self._rename = checkpoint_names(model)
         self._linears = find_linears(model)
@@ -160,7 +161,6 @@ class Calibrator:
         if self._done:
             raise InvalidValueError("the model is quantized already")
         try:
-            self._attention.measure()
             with torch.no_grad():
                 self._quantize()
                 self._attention.emulate()
@@ -262,12 +262,14 @@ class Calibrator:
     def _quantize(self) -> None:
         if self.cfg.do_smooth:
             self._smooth()
+        self._attention.measure()
         observed = self._replace_layers()
         if observed:
             for _ in feed(self.model, self._samples, "Calibrating"):
                 pass
             for name, module in observed.items():
-                self._put(name, module.finish(self._observer_of(name, observed)))
+                self._put(name, module.finish(self._observer_of(name, observed)), "codes.")
+                discard(module)
 
     def _replace_layers(self) -> dict[str, ObservedLinear]:
         """Quantize all weights; return the layers whose input range is still to be found."""
@@ -283,7 +285,7 @@ class Calibrator:
                 continue
             layer = layers.pop(name, None) or self._layer(name)
             if scheme.activation is None or scheme.is_dynamic:
-                self._put(name, FakeQuantLinear(layer, self._dtype))
+                self._put(name, FakeQuantLinear(layer, self._dtype), "codes.")
                 continue
             observed[name] = ObservedLinear(
                 layer,
@@ -293,7 +295,7 @@ class Calibrator:
                 keep=self.cfg.pr,
                 generator=generator,
             )
-            self._put(name, observed[name])
+            self._put(name, observed[name], "observed.")
         return observed
 
     def _needs(self) -> dict[str, Needs]:
@@ -308,15 +310,16 @@ class Calibrator:
         """Return a layer with its weight quantized."""
         linear = self._linears[name]
         scheme = self._schemes[name]
-        return quantize_weight(
-            name,
-            scheme,
-            self.cfg.method(scheme),
-            weight_of(linear),
-            bias_of(linear),
-            model_dtype=_dtype_name(self._dtype),
-            inputs=inputs,
-        )
+        with resident(linear):
+            return quantize_weight(
+                name,
+                scheme,
+                self.cfg.method(scheme),
+                weight_of(linear),
+                bias_of(linear),
+                model_dtype=_dtype_name(self._dtype),
+                inputs=inputs,
+            )
 
     def _observer_of(self, name: str, observed: dict[str, ObservedLinear]) -> Observer | None:
         """Return the observer whose range a layer takes, None for its own.
@@ -331,7 +334,10 @@ class Calibrator:
                 return module.observer
         return None
 
-    def _put(self, name: str, module: nn.Module) -> None:
+    def _put(self, name: str, module: nn.Module, store: str = "") -> None:
+        """Put a module in the place of a layer; offloaded as it was under the prefix ``store``."""
+        if store:
+            keep_like(module, self._linears[name], store)
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, module)
 

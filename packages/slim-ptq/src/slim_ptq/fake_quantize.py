@@ -18,6 +18,7 @@ from slim_ptq.config_rules import DEVICE_TYPES
 from slim_ptq.devices import torch_device
 from slim_ptq.load import as_torch
 from slim_ptq.modules import FakeQuantLinear, on_device
+from slim_ptq.offload import keep_like, place, resident
 from slim_ptq.structure import checkpoint_names, find_linears, unfuse_experts
 from slim_ptq.tensors import to_numpy
 
@@ -73,7 +74,8 @@ class FakeQuantizeCalibrator:
         index = "" if kind == "cpu" or dev_id is None else f":{dev_id}"
         device = torch_device(f"{name}{index}")
 
-        self.model.eval().to(device)
+        self.model.eval()
+        place(self.model, device)
         unfuse_experts(self.model)
         rename = checkpoint_names(self.model)
         linears = {
@@ -116,17 +118,22 @@ class FakeQuantizeCalibrator:
         )
         parent, _, leaf = path.rpartition(".")
         quantized = FakeQuantLinear(on_device(as_torch(layer), device), dtype)
+        keep_like(quantized, linear, "codes.")
         setattr(self.model.get_submodule(parent), leaf, quantized)
 
     def _load_floats(
         self, rename: Any, description: dict[str, str], tensors: dict[str, torch.Tensor]
     ) -> None:
         """Take over float tensors: outlier suppression has changed norms and float layers."""
-        for path, parameter in self.model.named_parameters():
-            name = rename(path)
-            if description.get(name) == "FLOAT" and name in tensors:
-                with torch.no_grad():
-                    parameter.copy_(tensors[name])
+        for path, module in self.model.named_modules():
+            own = [local for local, _ in module.named_parameters(prefix=path, recurse=False)]
+            names = {local: rename(local) for local in own}
+            if not any(description.get(n) == "FLOAT" and n in tensors for n in names.values()):
+                continue
+            with resident(module, recurse=False, changed=True), torch.no_grad():
+                for local, parameter in module.named_parameters(prefix=path, recurse=False):
+                    if description.get(names[local]) == "FLOAT" and names[local] in tensors:
+                        parameter.copy_(tensors[names[local]])
 
 
 def _stored_dtype(tensors: dict[str, Any], actual: torch.dtype) -> str:

@@ -21,6 +21,7 @@ from slim_ptq.attention.names import attention_tensors
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.norm_entries import FloatTensor, norm_entries
 from slim_ptq.structure import is_linear
+from slim_ptq.offload import resident
 from slim_ptq.tensors import from_numpy, to_numpy
 from slim_ptq.transforms import has_added_bias, wrapped_norms
 
@@ -98,20 +99,26 @@ def iter_tensors(
         Give each smoothed norm the ``.module`` entries of the ``safe_tensor`` layout.
     """
     wrapped = wrapped_norms(model)
-    seen: set[int] = set()
+    seen: dict[int, nn.Parameter] = {}  # which also keeps them, so that no number comes again
     for path, module in model.named_modules():
+        name = rename(f"{path}.weight").removesuffix(".weight")
         if isinstance(module, FakeQuantLinear):
-            yield module.layer(rename(f"{path}.weight").removesuffix(".weight"))
+            with resident(module, recurse=False):
+                yield module.layer(name)
             continue
-        shifted = has_added_bias(module) and not is_linear(module)
-        for local, parameter in module.named_parameters(prefix=path, recurse=False):
-            known = id(parameter) in seen
-            seen.add(id(parameter))
-            added = shifted and local.endswith(".bias")
-            yield FloatTensor(rename(local), None if known else parameter, is_added=added)
-        if path in wrapped:
-            name = rename(f"{path}.weight").removesuffix(".weight")
-            yield from norm_entries(name, module, copies=copies)
+        own = dict(module.named_parameters(recurse=False))
+        tied = {local for local, parameter in own.items() if id(parameter) in seen}
+        seen |= {id(parameter): parameter for parameter in own.values()}
+        with resident(module, recurse=False):
+            shifted = has_added_bias(module) and not is_linear(module)
+            for local, parameter in module.named_parameters(recurse=False):
+                yield FloatTensor(
+                    rename(f"{path}.{local}" if path else local),
+                    None if local in tied else parameter,
+                    is_added=shifted and local == "bias",
+                )
+            if path in wrapped:
+                yield from norm_entries(name, module, copies=copies)
 
 
 def _export(

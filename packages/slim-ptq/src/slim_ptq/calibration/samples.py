@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from slim_core.errors import CalibrationError, InvalidTypeError, SlimError
 from slim_core.progress import track
+from slim_ptq.offload import input_device
 from slim_ptq.structure import named_sample
 
 Sample = list[Any] | dict[str, Any]
@@ -59,7 +59,7 @@ def feed(model: nn.Module, samples: Sequence[Sample], description: str) -> Itera
 
 def run_sample(model: nn.Module, index: int, given: Sample) -> None:
     """Call the model on the sample of a number; :func:`feed` without gradients switched off."""
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    device = input_device(model)
     sample = named_sample(model, given)
     try:
         if isinstance(sample, dict):

@@ -15,7 +15,8 @@ from slim_core.errors import NumericalError
 from slim_core.numerics import check_finite
 from slim_core.progress import track
 from slim_core.scheme import QuantScheme
-from slim_ptq.calibration.samples import Sample, feed
+from slim_ptq.calibration.samples import Sample, feed, shortest
+from slim_ptq.offload import resident
 from slim_ptq.structure import (
     BlockTrace,
     Link,
@@ -91,7 +92,10 @@ def suppress_model(
             links, statistics = chosen.pop(name)
             block = model.get_submodule(name)
             schemes = {local: scheme_of(f"{name}.{local}") for local in find_linears(block)}
-            done, others = suppress_block(block, links, statistics, method, schemes, prefix=name)
+            with resident(block, changed=True):
+                done, others = suppress_block(
+                    block, links, statistics, method, schemes, prefix=name
+                )
             scaled.extend(link.under(name) for link in done)
             skipped.extend(link.under(name) for link in others)
     return AntiOutlierResult(tuple(scaled), tuple(skipped))
@@ -114,24 +118,21 @@ def _traces(
         for name in blocks
     ]
     try:
-        for _ in feed(model, [min(samples, key=_size)], "Running one sample"):
+        for _ in feed(model, [shortest(samples)[1]], "Running one sample"):
             pass
     finally:
         for handle in handles:
             handle.remove()
     for name in track(blocks, "Proving links"):
         block = model.get_submodule(name)
-        for local, linear in find_linears(block).items():  # attention kernels may hide NaN
-            check_finite(f"{name}.{local}", "weight", weight_of(linear))
-        try:
-            yield name, trace_block(block, *calls.pop(name))
-        except NumericalError as error:
-            raise NumericalError(f"{name}: {error.message}", hint=error.hint) from error
-
-
-def _size(sample: Sample) -> int:
-    items = sample.values() if isinstance(sample, dict) else sample
-    return sum(item.numel() for item in items if isinstance(item, torch.Tensor))
+        with resident(block):
+            for local, linear in find_linears(block).items():  # attention kernels may hide NaN
+                check_finite(f"{name}.{local}", "weight", weight_of(linear))
+            try:
+                trace = trace_block(block, *calls.pop(name))
+            except NumericalError as error:
+                raise NumericalError(f"{name}: {error.message}", hint=error.hint) from error
+        yield name, trace
 
 
 def _local(barred: Mapping[str, str], block: str) -> dict[str, str]:
