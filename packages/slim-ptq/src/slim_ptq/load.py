@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from slim_core.checkpoint import open_checkpoint
+from slim_core.checkpoint import Checkpoint, open_checkpoint
 from slim_core.errors import CheckpointError, StructureError
 from slim_core.files import PathLike, as_path
 from slim_core.layers import QuantizedLinear
@@ -74,7 +74,7 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
     if left:
         raise StructureError(f"the model has no layer {next(iter(left))}, which is described")
     _add_biases(model, stored, rename, device, dtype)
-    tied = _tied_names(model)
+    tied = _tied_names(model, stored.checkpoint, rename)
     for path, module in model.named_modules():
         if path not in tied and not isinstance(module, FakeQuantLinear):
             load_parameters(
@@ -98,12 +98,18 @@ def as_torch(layer: QuantizedLinear) -> QuantizedLinear:
     return layer.map_tensors(from_numpy)
 
 
-def _tied_names(model: Any) -> set[str]:
-    """Return the modules whose only parameter is that of another module."""
+def _tied_names(model: Any, checkpoint: Checkpoint, rename: Callable[[str], str]) -> set[str]:
+    """Return the modules whose only parameter is that of another module, and not stored.
+
+    The configuration does not tell: that of a model with images may say tied where the text model
+    in it is not.
+    """
     head = model.get_output_embeddings()
-    if not getattr(model.config, "tie_word_embeddings", False) or head is None:
-        return set()
-    return {path for path, module in model.named_modules() if module is head}
+    return {
+        path
+        for path, module in model.named_modules()
+        if module is head and rename(f"{path}.weight") not in checkpoint.tensors
+    }
 
 
 def _add_biases(
