@@ -1,8 +1,11 @@
+import itertools
+import json
 import sys
 
 import pytest
 
-from slim_core.progress import track
+from slim_core import progress
+from slim_core.progress import track, writing_events
 
 
 def test_silent_when_not_a_terminal(capsys):
@@ -30,3 +33,26 @@ def test_exceptions_pass_through(monkeypatch, terminal):
 
     with pytest.raises(RuntimeError, match="stop"):
         list(track(items(), "work", total=2))
+
+
+def test_events_say_how_far_it_is(tmp_path, monkeypatch):
+    clock = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    with writing_events(tmp_path / "events.jsonl"):
+        assert list(track(range(5, 8), "work", total=8, done=5)) == [5, 6, 7]
+    list(track([], "nothing"))
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"stage": "work", "done": 6, "total": 8, "seconds": 2.0, "left": 4.0},
+        {"stage": "work", "done": 7, "total": 8, "seconds": 4.0, "left": 2.0},
+        {"stage": "work", "done": 8, "total": 8, "seconds": 6.0, "left": 0.0},
+    ]
+
+
+def test_events_of_an_unknown_number_and_in_the_log(tmp_path, caplog):
+    caplog.set_level("INFO", logger="slim.progress")
+    with writing_events(tmp_path / "events.jsonl"):
+        assert list(track(iter("ab"), "work")) == ["a", "b"]
+    last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["done"], last["total"], last["left"]) == (2, None, None)
+    assert caplog.messages == ["work: 1, 0 s", "work: 2, 0 s"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,6 +83,26 @@ class CheckpointExport:
     def describe(self, key: str, value: Any) -> None:
         """Add a key that is not a tensor to the description."""
         self._description[key] = value
+
+    def save_state(self) -> dict[str, Any]:
+        """Flush everything to disk and return JSON values for :meth:`load_state`."""
+        return {
+            "description": self._description,
+            "types": self._types,
+            "writer": self._writer.save_state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`save_state` was called; nothing must have been added yet.
+
+        Raises
+        ------
+        OSError, CheckpointError
+            A temporary file is missing or shorter than it was.
+        """
+        self._writer = ShardWriter.from_state(self._directory, state["writer"])
+        self._description = dict(state["description"])
+        self._types = dict(state["types"])
 
     def close(self) -> None:
         """Give the weight files their names and write the description."""

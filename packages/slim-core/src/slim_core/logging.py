@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from slim_core.files import PathLike, as_path
 from slim_core.validate import check_choice
 
 ROOT_NAME = "slim"
@@ -45,14 +46,38 @@ def set_logger_level(level: str = "info") -> None:
     InvalidValueError
         ``level`` is none of these.
     """
-    chosen = check_choice("level", level.lower() if isinstance(level, str) else level, LEVELS)
-    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
-        handler = _StderrHandler()
-        handler.setFormatter(
+    number = LEVELS[_check_level(level)]
+    shown = next((item for item in logger.handlers if isinstance(item, _StderrHandler)), None)
+    if shown is None:
+        shown = _StderrHandler()
+        shown.setFormatter(
             logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
         )
-        logger.addHandler(handler)
-    logger.setLevel(LEVELS[chosen])
+        logger.addHandler(shown)
+    shown.setLevel(number)
+    logger.setLevel(min(number, *(item.level for item in logger.handlers)))
+
+
+def add_log_file(path: PathLike, level: str = "info") -> None:
+    """Append the messages of all slim packages from ``level`` on to a file as well.
+
+    Raises
+    ------
+    InvalidValueError
+        ``level`` is none of those of :func:`set_logger_level`.
+    OSError
+        The file cannot be written.
+    """
+    number = LEVELS[_check_level(level)]
+    handler = logging.FileHandler(as_path("path", path), encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(number)
+    logger.addHandler(handler)
+    logger.setLevel(min(number, logger.getEffectiveLevel()))
+
+
+def _check_level(level: str) -> str:
+    return check_choice("level", level.lower() if isinstance(level, str) else level, LEVELS)
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]

@@ -1,21 +1,116 @@
-"""Progress bars on standard error: shown on a terminal, silent elsewhere."""
+"""How far a long job is: bars on a terminal, lines in the log, events for programs.
+
+All three come from :func:`track`.  The time left is that of the steps so far; steps that an
+interrupted run had done before do not count.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import asdict, dataclass
+from typing import IO, TypeVar
+
+from slim_core.files import PathLike, as_path
+from slim_core.logging import get_logger
 
 T = TypeVar("T")
 
+_log = get_logger("progress")
+_streams: list[IO[str]] = []
 
-def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
-    """Yield the items while a bar shows how far it is and how long the rest will take.
 
-    Nothing is printed when standard error is not a terminal.
+@dataclass(frozen=True)
+class Event:
+    """One step that was done.
+
+    Parameters
+    ----------
+    stage : str
+        What is being done.
+    done : int
+        Steps so far, those of an interrupted run included.
+    total : int or None
+        Of all steps, if that is known.
+    seconds : float
+        Since this stage began.
+    left : float or None
+        Estimated seconds until it ends.
     """
+
+    stage: str
+    done: int
+    total: int | None
+    seconds: float
+    left: float | None
+
+
+def track(
+    items: Iterable[T], description: str, *, total: int | None = None, done: int = 0
+) -> Iterator[T]:
+    """Yield the items and report each one that has been worked on.
+
+    Parameters
+    ----------
+    items : iterable
+        What is left to do.
+    description : str
+        Name of the stage.
+    total : int, optional
+        Number of all steps; ``done`` and the length of the items if not given.
+    done : int
+        Steps that were done before.
+
+    Notes
+    -----
+    A bar is drawn on standard error if that is a terminal.
+    """
+    if total is None and isinstance(items, Sized):
+        total = done + len(items)
+    started = time.perf_counter()
+    with _bar(description, total, done) as bar:
+        for count, item in enumerate(items, 1):
+            yield item
+            seconds = time.perf_counter() - started
+            left = None if total is None else seconds / count * (total - done - count)
+            bar()
+            _report(Event(description, done + count, total, seconds, left))
+
+
+@contextlib.contextmanager
+def writing_events(path: PathLike) -> Iterator[None]:
+    """Append every event to a file as one line of JSON, as long as the context is open.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    """
+    with as_path("path", path).open("a", encoding="utf-8") as stream:
+        _streams.append(stream)
+        try:
+            yield
+        finally:
+            _streams.remove(stream)
+
+
+def _report(event: Event) -> None:
+    left = "" if event.left is None else f", {event.left:.0f} s left"
+    total = "" if event.total is None else f" of {event.total}"
+    _log.info("%s: %d%s, %.0f s%s", event.stage, event.done, total, event.seconds, left)
+    for stream in _streams:
+        stream.write(json.dumps(asdict(event)) + "\n")
+        stream.flush()
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int | None, done: int) -> Iterator[Callable[[], None]]:
+    """Yield what moves the bar by one step."""
     if not sys.stderr.isatty():
-        yield from items
+        yield lambda: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -35,7 +130,6 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
-    if total is None and isinstance(items, Sized):
-        total = len(items)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(items, total=total, description=description)
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda: progress.advance(task)

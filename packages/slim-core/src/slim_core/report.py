@@ -66,6 +66,22 @@ class LayerReport:
         """Whether the layer was left in floating point."""
         return self.type == "FLOAT"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, content: Any) -> LayerReport:
+        """Return what :meth:`to_dict` was called on.
+
+        Raises
+        ------
+        CheckpointError
+            A key is missing or has a wrong value.
+        """
+        return _build(cls, "layer", content, _LAYER_KEYS)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -225,10 +241,6 @@ def _items(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: tuple(convert(item) for item in value)
 
 
-def _layer(value: Any) -> LayerReport:
-    return _build(LayerReport, "layer", value, _LAYER_KEYS)
-
-
 def _fallback(value: Any) -> tuple[str, str]:
     name, reason = value
     return _text(name), _text(reason)
@@ -256,7 +268,7 @@ _REPORT_KEYS: dict[str, Callable[[Any], Any]] = {
     "model": _text,
     "scheme": _text,
     "format": _text,
-    "layers": _items(_layer),
+    "layers": _items(LayerReport.from_dict),
     "bytes_before": int,
     "bytes_after": int,
     "perplexity_before": _optional(float),

@@ -17,15 +17,15 @@ from slim_core.files import (
     as_path,
     check_apart,
     check_output_dir,
-    staged_dir,
     write_bytes,
 )
 from slim_core.formats import FORMATS
 from slim_core.plan import Plan
-from slim_core.provenance import provenance
+from slim_core.provenance import fingerprint, provenance
 from slim_core.recipe import Recipe
 from slim_core.report import LayerReport, Report
-from slim_core.validate import check_int
+from slim_core.resume import resumable_dir
+from slim_core.validate import check_float, check_int
 from slim_core.verify import verify_checkpoint
 from slim_ptq.__about__ import __version__
 from slim_ptq.calibration.text import CalibrationData
@@ -58,7 +58,9 @@ def quantize(
     device: str = "cpu",
     text: PathLike | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     max_shard_gib: int = 4,
+    activation_gib: float = 4,
     trust_remote_code: bool = False,
 ) -> Report:
     """Quantize a Hugging Face model directory into a checkpoint directory.
@@ -94,9 +96,15 @@ def quantize(
     text : path, optional
         Measure the perplexity before and after on this text file.
     overwrite : bool
-        Replace an output directory that is there.
+        Replace an output directory that is there, and discard an interrupted run.
+    resume : bool
+        Go on with an interrupted run of the same recipe, model, data and versions, if there is
+        one; the weights and the description become those of a run that was not interrupted.
     max_shard_gib : int
         Size of a weight file in GiB.
+    activation_gib : float
+        Up to how many GiB the hidden states of the calibration data stay in memory; more go to
+        disk, beside the output.
     trust_remote_code : bool
         Run model code that lies in the model directory.
 
@@ -114,6 +122,7 @@ def quantize(
     check_apart("model", model, target)
     place = torch_device(device)
     shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
+    held = int(check_float("activation_gib", activation_gib, low=0, high=1 << 20) * _GIB)
     clock = _Clock()
     job = prepare(
         model,
@@ -141,7 +150,9 @@ def quantize(
             job.checkpoint, job.inventory, plan, job.recipe.fallback, job.data, place
         )
         clock.stage("rank layers")
-    with staged_dir(target, overwrite=overwrite) as staging:
+    prints = _fingerprints(job, device, shard)
+    with resumable_dir(target, prints, resume=resume, overwrite=overwrite) as work:
+        staging = work.path
         export = CheckpointExport(
             staging,
             FORMATS[plan.format],
@@ -152,10 +163,18 @@ def quantize(
         with export:
             if job.blockwise and job.data is not None:
                 layers = run_blockwise(
-                    job.checkpoint, job.inventory, plan, job.recipe, job.data, export, place
+                    job.checkpoint,
+                    job.inventory,
+                    plan,
+                    job.recipe,
+                    job.data,
+                    export,
+                    place,
+                    work,
+                    held,
                 )
             else:
-                layers = run_weights_only(job.checkpoint, job.inventory, plan, export, place)
+                layers = run_weights_only(job.checkpoint, job.inventory, plan, export, place, work)
             _describe_tied_head(job, export)
         clock.stage("quantize")
         copy_side_files(job.checkpoint, staging, _config_changes(plan))
@@ -167,6 +186,25 @@ def quantize(
         report.save(staging)
         write_bytes(staging / RECIPE_FILE, job.recipe.to_yaml().encode())
     return report
+
+
+def _fingerprints(job: Prepared, device: str, shard: int) -> dict[str, str]:
+    """Return what an interrupted run must have in common with the one that goes on with it."""
+    files = {info.file for info in job.checkpoint.tensors.values()}
+    versions = provenance(["slim-ptq", "torch", "transformers"])
+    settings = {"recipe": job.recipe.to_dict(), "device": device, "max_shard_bytes": shard}
+    model = {
+        "config": job.checkpoint.config,
+        "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files),
+    }
+    data = b"" if job.data is None else b"".join(x.numpy().tobytes() for x in job.data.batches)
+    shapes = [] if job.data is None else [list(x.shape) for x in job.data.batches]
+    return {
+        "recipe or setting": fingerprint(settings),
+        "model": fingerprint(model),
+        "calibration data": fingerprint({"shapes": shapes, "ids": fingerprint(data)}),
+        "version of a package": fingerprint(versions),
+    }
 
 
 class _Clock:

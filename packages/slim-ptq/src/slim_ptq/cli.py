@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,9 +12,11 @@ from slim_ptq.__about__ import __version__
 from slim_ptq.commands.analyze import analyze
 from slim_ptq.commands.evaluate import evaluate
 from slim_ptq.commands.options import (
+    ActivationGib,
     AsJson,
     Calib,
     Device,
+    Events,
     FormatName,
     Length,
     Method,
@@ -22,6 +24,7 @@ from slim_ptq.commands.options import (
     Output,
     Overwrite,
     RecipeFile,
+    Resume,
     Samples,
     Scheme,
     Smooth,
@@ -29,6 +32,7 @@ from slim_ptq.commands.options import (
     Trust,
     quiet_loading,
     show_errors,
+    step_events,
 )
 from slim_ptq.commands.tune import tune
 
@@ -52,12 +56,18 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning, error.")] = "warning",
+    log_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Append messages from info on, each step among them, to this file."),
+    ] = None,
 ) -> None:
     """Quantize Hugging Face language models for Ascend and other engines."""
-    from slim_core.logging import set_logger_level
+    from slim_core.logging import add_log_file, set_logger_level
 
     with show_errors():
         set_logger_level(log_level)
+        if log_file is not None:
+            add_log_file(log_file)
 
 
 @app.command()
@@ -75,11 +85,14 @@ def quantize(
     device: Device = "cpu",
     text: Text = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    activation_gib: ActivationGib = 4,
+    events: Events = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into the directory OUTPUT."""
-    with show_errors(), quiet_loading():
+    with show_errors(output), quiet_loading(), step_events(events):
         from slim_ptq.api import quantize as run
 
         report = run(
@@ -96,6 +109,8 @@ def quantize(
             device=device,
             text=text,
             overwrite=overwrite,
+            resume=resume,
+            activation_gib=activation_gib,
             trust_remote_code=trust_remote_code,
         )
         if as_json:

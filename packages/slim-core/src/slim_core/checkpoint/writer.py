@@ -50,7 +50,7 @@ class ShardWriter:
     -----
     Files have hidden temporary names until :meth:`close`.  A failed write removes them and raises
     OSError naming the file; so does leaving the ``with`` block by an exception, with no file
-    touched that was there before.  ``close`` replaces an earlier output of the same prefix,
+    touched that was there before.  Once a state was saved, they stay instead.  ``close`` replaces an earlier output of the same prefix,
     including shards that the new one does not have.
 
     At most 64 MiB of tensors are buffered, whatever the size of the file.
@@ -192,7 +192,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._open:
-            self.abort()
+            self._give_up()
 
     @property
     def _target(self) -> Path:
@@ -212,11 +212,18 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            self.abort()
+            self._give_up()
             raise OSError(error.errno, error.strerror, str(self._target)) from error
         except BaseException:
-            self.abort()
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        """Remove what was written, unless a state of it was saved."""
+        if self._saved:
+            self.release()
+        else:
+            self.abort()
 
     def _part_for(self, name: str, nbytes: int) -> PartFile:
         if self._limit is not None and nbytes >= self._limit:

@@ -52,6 +52,14 @@ Text = Annotated[
 Trust = Annotated[bool, typer.Option(help="Run model code that lies in the model directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output that is there.")]
+Resume = Annotated[bool, typer.Option(help="Go on with an interrupted run of the same job.")]
+ActivationGib = Annotated[
+    float, typer.Option(help="GiB of calibration activations held in memory; more go to disk.")
+]
+Events = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Append one line of JSON for every step to this file."),
+]
 Metric = Annotated[
     str,
     typer.Option(help="How layers are ranked: std, quantile, kurtosis, layer_error, model_error."),
@@ -83,8 +91,23 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def show_errors() -> Iterator[None]:
-    """Print errors that a user can act on, and exit with 2 for mistakes, 1 for failures."""
+def step_events(path: Path | None) -> Iterator[None]:
+    """Write the events of all steps to a file, if one is given."""
+    from slim_core.progress import writing_events
+
+    with contextlib.nullcontext() if path is None else writing_events(path):
+        yield
+
+
+@contextlib.contextmanager
+def show_errors(output: Path | None = None) -> Iterator[None]:
+    """Print errors that a user can act on, and exit with 2 for mistakes, 1 for failures.
+
+    Parameters
+    ----------
+    output : Path, optional
+        Directory that a resumable job was to make.
+    """
     from slim_core.errors import InvalidTypeError, InvalidValueError, OutputExistsError, SlimError
 
     try:
@@ -94,8 +117,16 @@ def show_errors() -> Iterator[None]:
         mistakes = (InvalidTypeError, InvalidValueError, OutputExistsError)
         sys.exit(2 if isinstance(error, mistakes) else 1)
     except OSError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {error}{_how_to_go_on(output)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo(f"interrupted{_how_to_go_on(output) or '; nothing was written'}", err=True)
         sys.exit(130)
+
+
+def _how_to_go_on(output: Path | None) -> str:
+    from slim_core.resume import partial_path
+
+    if output is None or not partial_path(output).exists():
+        return ""
+    return "; the same command with --resume goes on from the last finished step"

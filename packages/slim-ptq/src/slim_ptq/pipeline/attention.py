@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,6 @@ from slim_core.export import CheckpointExport
 from slim_core.matching import match_all
 from slim_core.recipe import Recipe
 from slim_ptq.attention import (
-    FAQuantizer,
     attention_modules,
     check_called,
     install_quantizers,
@@ -27,6 +28,14 @@ from slim_ptq.kv import CacheQuantizer, CacheRanges, cache_scheme, find_cache_so
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.structure import find_linears
 from slim_ptq.tensors import to_numpy
+
+
+@dataclass(frozen=True)
+class MeasuredHeads:
+    """What is kept of an attention: its difficulty, and scales (heads, 1) of q, k and v."""
+
+    difficulty: float
+    scales: dict[str, torch.Tensor]
 
 
 class BlockAttention:
@@ -45,7 +54,7 @@ class BlockAttention:
         self._recipe = recipe
         self._inventory = inventory
         self._export = export
-        self._heads: dict[str, FAQuantizer] = {}
+        self._heads: dict[str, MeasuredHeads] = {}
         self._caches = 0
         self._names = attention_of(recipe, inventory)
 
@@ -88,10 +97,26 @@ class BlockAttention:
         if self._recipe.attention is None:
             return
         left_out = hardest(self._heads, self._recipe.attention.fallback)
-        for name, quantizer in self._heads.items():
+        for name, heads in self._heads.items():
             if name not in left_out:
-                for part, (scale, _) in quantizer.params().items():
+                for part, scale in heads.scales.items():
                     self._write(head_params(name, part, scale))
+
+    def save_state(self) -> dict[str, Any]:
+        """Return JSON values for :meth:`load_state`."""
+        heads = {
+            name: [item.difficulty, {part: s.tolist() for part, s in item.scales.items()}]
+            for name, item in self._heads.items()
+        }
+        return {"caches": self._caches, "heads": heads}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on after the blocks of an interrupted run."""
+        self._caches = state["caches"]
+        self._heads = {
+            name: MeasuredHeads(difficulty, {p: torch.tensor(s) for p, s in scales.items()})
+            for name, (difficulty, scales) in state["heads"].items()
+        }
 
     def _write_caches(self, path: str, ranges: CacheRanges) -> None:
         assert self._recipe.kv_cache is not None  # narrowing
@@ -119,7 +144,9 @@ class BlockAttention:
             quantizer.observe()
         yield
         for local, quantizer in found.items():
-            self._heads[saved_module_name(block, local, self._renamer(path))] = quantizer
+            scales = {part: scale.cpu() for part, (scale, _) in quantizer.params().items()}
+            name = saved_module_name(block, local, self._renamer(path))
+            self._heads[name] = MeasuredHeads(quantizer.difficulty, scales)
             if quantizer.hooked:
                 unhook(block.get_submodule(local))
 

@@ -8,8 +8,9 @@ free.  The outputs of the float block are the inputs of the next one, so each bl
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from slim_core.plan import LayerPlan, Plan
 from slim_core.progress import track
 from slim_core.recipe import Recipe
 from slim_core.report import LayerReport
+from slim_core.resume import ResumableDir
 from slim_core.scheme import FLOAT
+from slim_ptq.calibration.hidden import HiddenStates
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.inventory import Inventory
@@ -48,8 +51,18 @@ def run_blockwise(
     data: CalibrationData,
     export: CheckpointExport,
     device: torch.device,
+    work: ResumableDir | None = None,
+    activation_bytes: int = 0,
 ) -> list[LayerReport]:
     """Write the quantized checkpoint.
+
+    Parameters
+    ----------
+    work : ResumableDir, optional
+        Where hidden states go that are too many for memory; after each block the state is saved
+        to it, and a state that is in it is taken up.  Without it everything is held in memory.
+    activation_bytes : int
+        Up to how many bytes hidden states stay in memory.
 
     Raises
     ------
@@ -58,12 +71,34 @@ def run_blockwise(
     CalibrationError
         No token reached a layer that needs a range.
     """
-    runner = BlockRunner(checkpoint, inventory, data, device)
+    state = None if work is None else work.state
+    hidden = HiddenStates(
+        None if work is None else work.path,
+        activation_bytes,
+        None if state is None else state["hidden"],
+    )
+    runner = BlockRunner(checkpoint, inventory, data, device, hidden)
     job = _Job(checkpoint, inventory, plan, recipe, export)
-    for index in track(range(len(runner)), "Quantizing blocks"):
+    start = 0
+    if state is not None:
+        start = state["blocks"]
+        job.load_state(state["job"])
+        export.load_state(state["export"])
+    blocks = range(start, len(runner))
+    for index in track(blocks, "Quantizing blocks", total=len(runner), done=start):
         with runner.loaded(index) as block:
             job.block(runner, block, index)
+        if work is not None:
+            work.save(
+                {
+                    "blocks": index + 1,
+                    "job": job.save_state(),
+                    "export": export.save_state(),
+                    "hidden": hidden.save_state(),
+                }
+            )
     job.rest()
+    hidden.remove_files()
     return job.reports
 
 
@@ -144,6 +179,23 @@ class _Job:
             for plan in layers.values()
             if plan.scheme.is_float
         ]
+
+    def save_state(self) -> dict[str, Any]:
+        """Return JSON values for :meth:`load_state`."""
+        return {
+            "written": sorted(self._written),
+            "reports": [report.to_dict() for report in self.reports],
+            "attention": self._attention.save_state(),
+            "smoother": None if self._smoother is None else self._smoother.save_state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on after the blocks of an interrupted run."""
+        self._written = set(state["written"])
+        self.reports = [LayerReport.from_dict(report) for report in state["reports"]]
+        self._attention.load_state(state["attention"])
+        if self._smoother is not None:
+            self._smoother.load_state(state["smoother"])
 
     def rest(self) -> None:
         """Write every tensor that does not belong to a block."""

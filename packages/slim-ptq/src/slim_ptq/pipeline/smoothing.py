@@ -138,6 +138,14 @@ class BlockSmoother:
                 array = to_numpy(entry.tensor.to(self._stored(parameter)))
                 export.add_float(entry.name, array, kind)
 
+    def save_state(self) -> list[str]:
+        """Return JSON values for :meth:`load_state`."""
+        return self._added
+
+    def load_state(self, state: list[str]) -> None:
+        """Go on after the blocks of an interrupted run."""
+        self._added = list(state)
+
     def close(self, export: CheckpointExport) -> None:
         """Note in the description which norms have a bias that the float model lacks."""
         if self._added and self._plan.format == "ascend_v1":
