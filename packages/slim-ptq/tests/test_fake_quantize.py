@@ -21,6 +21,7 @@ from slim_ptq.tensors import from_numpy
 Factory = Callable[..., Any]
 
 MIX = {"*down*": "w8a16", "*o_proj": "w8a8_dynamic", "*.1.*.k_proj": "float", "*": "w8a8"}
+GROUPED = {"is_lowbit": True, "open_outlier": False, "group_size": 32}
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "w8a8": ({}, {}),
     "w8a8_tensor": ({"mm_tensor": True}, {}),
@@ -31,11 +32,24 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grouped": ({"a_bit": 16, "is_lowbit": True, "open_outlier": False, "group_size": 32}, {}),
     "fallback": ({}, {"disable_level": "L3"}),
     "mixed": ({}, {"mix_cfg": MIX}),
+    "mix": ({"pdmix": True}, {}),
+    "w4a16": ({"w_bit": 4, "a_bit": 16}, {}),
+    "w4a16_asym": ({"w_bit": 4, "a_bit": 16, "w_sym": False}, {}),
+    "w4a16_grouped": ({"w_bit": 4, "a_bit": 16, "w_sym": False, **GROUPED}, {}),
+    "w4a8": ({"w_bit": 4, "is_dynamic": True, **GROUPED}, {}),
+    "w4a8_mixed": (
+        {"w_bit": 4, "is_dynamic": True, **GROUPED},
+        {"mix_cfg": {"*self_attn*": "w8a8", "*0.mlp.down_proj": "w8a8_dynamic"}},
+    ),
+    "nf4": ({"w_bit": 4, "a_bit": 16, "w_method": "NF"}, {}),
 }
+NEW = ("mix", "w4a16", "w4a16_grouped", "w4a8", "nf4")
 CASES = [
     *(("qwen2", torch.float32, name) for name in CONFIGS),
     *(("qwen2", torch.bfloat16, name) for name in ("w8a8", "w8a16", "dynamic", "mixed")),
     *(("qwen2", torch.float16, name) for name in ("w8a8", "mixed")),
+    *(("llama", torch.bfloat16, name) for name in NEW),
+    *(("qwen3_moe", torch.float32, name) for name in ("w4a16_grouped", "w4a8", "nf4")),
     *((family, torch.float32, "w8a8") for family in ("gpt2", "bloom", "qwen3_moe", "gemma")),
 ]
 

@@ -65,11 +65,13 @@ def encode_table(x: Array, dtype: TableType) -> Array:
     """Return the codes, int8, of the levels nearest to ``x`` (float32, finite)."""
     xp = array_namespace(x)
     bounds = xp.asarray(_bounds(dtype), device=device(x))
-    if not dtype.sign_bit:
-        return xp.astype(xp.searchsorted(bounds, x), xp.int8)
-    magnitude = xp.astype(xp.searchsorted(bounds, xp.abs(x)), xp.int8)
-    sign = -128 if dtype.bits == 8 else 1 << (dtype.bits - 1)
-    return magnitude + xp.astype(xp.signbit(x), xp.int8) * sign
+    flat = xp.reshape(x, (-1,))  # torch wants it contiguous
+    magnitude = xp.abs(flat) if dtype.sign_bit else flat
+    codes = xp.astype(xp.searchsorted(bounds, magnitude), xp.int8)
+    if dtype.sign_bit:
+        sign = -128 if dtype.bits == 8 else 1 << (dtype.bits - 1)
+        codes = codes + xp.astype(xp.signbit(flat), xp.int8) * sign
+    return xp.reshape(codes, x.shape)
 
 
 def decode_table(codes: Array, dtype: TableType) -> Array:
