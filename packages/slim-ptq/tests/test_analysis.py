@@ -145,8 +145,20 @@ def test_smoothed_layers(saved_model: Callable[..., Path], data: CalibrationData
     recipe = Recipe.build(scheme="w8a8", smooth={"method": "smoothquant"})
     found = analyze(saved_model("llama"), calibration=data, recipe=recipe, metric="layer_error")
     assert len(found.groups) == 8
-    with pytest.raises(InvalidValueError, match="smoothing joins layers"):
+    with pytest.raises(InvalidValueError, match="smoothing and rotation join layers"):
         analyze(saved_model("llama"), calibration=data, recipe=recipe, metric="model_error")
+
+
+def test_rotated_layers(
+    saved_model: Callable[..., Path], data: CalibrationData, tmp_path: Path
+) -> None:
+    path = saved_model("llama")
+    recipe = Recipe.build(scheme="w8a8", rotate={})
+    found = analyze(path, calibration=data, recipe=recipe, metric="layer_error")
+    report = quantize(path, tmp_path / "out", recipe=recipe, calibration=data)
+    errors = {layer.name: layer.output_error for layer in report.layers}
+    for group in found.groups:
+        assert group.score == max(errors[name] for name in group.layers)
 
 
 def test_the_lists_can_be_pasted(

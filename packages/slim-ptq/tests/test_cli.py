@@ -269,3 +269,18 @@ def test_progress_bars_are_on_again_afterwards(quantized: Path, tmp_path: Path) 
     run("evaluate", quantized, text)
     assert logging.is_progress_bar_enabled()
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "eval"])
+def test_accuracy_of_a_task(spelling_model: Path, tmp_path: Path, command: str) -> None:
+    lines = [{"passage": "ab", "question": f"is {n}", "answer": True} for n in range(3)]
+    lines += [{**lines[0], "answer": False}]  # one of the two must be wrong
+    file = tmp_path / "dev.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    shown = run(command, spelling_model, file, "--task", "boolq", "--json")
+    values = json.loads(shown.stdout)
+    assert (values["task"], values["count"]) == ("boolq", 4)
+    assert 0.25 <= values["accuracy"] <= 0.75
+    text = run(command, spelling_model, file, "--task", "boolq", "--questions", 2)
+    assert text.stdout.endswith("on 2 questions of dev.jsonl (boolq)\n")
+    assert run(command, spelling_model, file, "--task", "boolk").exit_code == 2

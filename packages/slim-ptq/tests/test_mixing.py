@@ -149,10 +149,12 @@ def test_as_calibration_file(
     assert windows.rows == 4
     report = quantize(spelling_model, tmp_path / "out", calibration=file, samples=4, length=64)
     assert report.calibration == {"source": file.name, "samples": 4, "tokens": 256}
-    same = quantize(spelling_model, tmp_path / "same", calibration=texts, samples=4, length=64)
-    assert [layer.output_error for layer in same.layers] == [
-        layer.output_error for layer in report.layers
-    ]
+    errors = [layer.output_error for layer in report.layers]
+    mixture = CalibrationData(config(tmp_path / "d.json", boolq=boolq, gsm8k=gsm8k))
+    for number, calibration in enumerate((texts, mixture)):
+        out = tmp_path / str(number)
+        same = quantize(spelling_model, out, calibration=calibration, samples=4, length=64)
+        assert [layer.output_error for layer in same.layers] == errors
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from slim_ptq.calibration.text import CalibrationData, read_calibration, texts_t
 from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
 from slim_ptq.limits import check_tokens, within_positions
 from slim_ptq.methods import PtqMethods
+from slim_ptq.mixing import CalibrationData as Mixture
 from slim_ptq.pipeline.attention import attention_of
 from slim_ptq.pipeline.smoothing import excluded_layers
 
@@ -128,6 +129,8 @@ def _calibration(
 ) -> CalibrationData | None:
     if source is None or isinstance(source, CalibrationData):
         return source
+    if isinstance(source, Mixture):
+        source = [sample["prompt"] for sample in source.process()]
     if isinstance(source, (str, Path)):
         return read_calibration(source, directory, samples=samples, length=length, batch=batch)
     return texts_to_calibration(source, directory, samples=samples, length=length, batch=batch)

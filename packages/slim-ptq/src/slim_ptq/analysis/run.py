@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from slim_core.errors import InvalidValueError
@@ -21,6 +22,7 @@ from slim_ptq.evaluate import encode_text, read_text
 from slim_ptq.limits import check_tokens, within_positions
 from slim_ptq.load import load_model
 from slim_ptq.prepare import Prepared, prepare
+from slim_ptq.rotation import rotate_checkpoint
 from slim_ptq.structure import unfuse_experts
 
 
@@ -86,13 +88,20 @@ def analyze(
         batch=check_int("batch", batch, low=1),
         trust_remote_code=trust_remote_code,
     )
-    if job.data is None or job.inventory.model is None:
+    if job.data is None:
         raise InvalidValueError("the model has to run on calibration data, and there is none")
-    if kind is Metric.MODEL_ERROR and job.recipe.smooth is not None:
+    if job.inventory.model is None:
+        raise InvalidValueError("the model has to run, and transformers does not know it")
+    edited = job.recipe.smooth is not None or job.recipe.rotate is not None
+    if kind is Metric.MODEL_ERROR and edited:
         raise InvalidValueError(
-            "model_error quantizes one group of layers at a time, and smoothing joins layers",
-            hint="use layer_error, or a recipe without smooth",
+            "model_error quantizes one group of layers at a time, and smoothing and rotation "
+            "join layers",
+            hint="use layer_error, or a recipe without smooth and rotate",
         )
+    if job.recipe.rotate is not None:
+        rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, place)
+        job = replace(job, checkpoint=rotated)
     data = job.data
     if kind is Metric.MODEL_ERROR and text is not None:
         data = _read_text(job, as_path("text", text), samples, length, batch)
