@@ -7,6 +7,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from slim_core.dtypes import INT8
+from slim_core.layers import QuantizedLinear
+from slim_core.numerics import quantize_weight, weight_params
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme
 from slim_mindspore.ckpt import write_ckpt
 from slim_mindspore.hub import load_llama
 from slim_mindspore.modes import prepare_cpu
@@ -74,3 +78,28 @@ def graph_mode():
     ms.set_context(mode=ms.GRAPH_MODE)
     yield
     ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture(scope="session")
+def make_layer():
+    """A function that makes a quantized layer of random numbers with eight outputs."""
+    return _make_layer
+
+
+def _make_layer(columns, activation=None, weight=None, extreme=False):
+    random = np.random.default_rng(0)
+    weight = weight or TensorScheme(INT8, Granularity.PER_CHANNEL)
+    values = random.standard_normal((8, columns)).astype(np.float32)
+    if extreme:
+        values = np.sign(values)  # every code at the end of its range: the largest sums
+    scale, offset = weight_params(values, weight)
+    return QuantizedLinear(
+        name="p",
+        scheme=QuantScheme(weight, activation),
+        codes=quantize_weight(values, scale, offset, weight),
+        weight_scale=scale,
+        weight_offset=offset,
+        input_scale=np.float32([0.02]),
+        input_offset=np.float32([-5]),
+        bias=random.standard_normal(8).astype(np.float32),
+    )

@@ -4,9 +4,8 @@ import pytest
 from mindspore import nn
 
 from slim_core.dtypes import INT4, INT8
-from slim_core.layers import QuantizedLinear
-from slim_core.numerics import quantize_per_token, quantize_weight, weight_params
-from slim_core.scheme import Granularity, QuantScheme, TensorScheme
+from slim_core.numerics import quantize_per_token
+from slim_core.scheme import Granularity, TensorScheme
 from slim_mindspore.cells import quant_cell
 from slim_mindspore.linears import cell_at, find_linears, replace_cell
 from slim_mindspore.quantized_layer import SmoothedLinear
@@ -15,28 +14,9 @@ STATIC = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
 TOKEN = TensorScheme(INT8, Granularity.PER_TOKEN)
 
 
-def make(columns, activation=None, weight=None, extreme=False):
-    random = np.random.default_rng(0)
-    weight = weight or TensorScheme(INT8, Granularity.PER_CHANNEL)
-    values = random.standard_normal((8, columns)).astype(np.float32)
-    if extreme:
-        values = np.sign(values)  # every code at the end of its range: the largest sums
-    scale, offset = weight_params(values, weight)
-    return QuantizedLinear(
-        name="p",
-        scheme=QuantScheme(weight, activation),
-        codes=quantize_weight(values, scale, offset, weight),
-        weight_scale=scale,
-        weight_offset=offset,
-        input_scale=np.float32([0.02]),
-        input_offset=np.float32([-5]),
-        bias=random.standard_normal(8).astype(np.float32),
-    )
-
-
 @pytest.mark.parametrize("columns", [64, 1024, 3000])
-def test_static_sums_are_exact(columns):
-    layer = make(columns, STATIC, extreme=True)
+def test_static_sums_are_exact(make_layer, columns):
+    layer = make_layer(columns, STATIC, extreme=True)
     x = np.where(layer.codes[0] > 0, 2.4, -2.6).astype(np.float32)[None]
     found = quant_cell(SmoothedLinear(layer))(ms.Tensor(x)).asnumpy()
     codes = np.clip(np.rint(x / np.float32(0.02) - 5), -128, 127).astype(np.int64)
@@ -46,8 +26,8 @@ def test_static_sums_are_exact(columns):
 
 
 @pytest.mark.parametrize("columns", [64, 3000])
-def test_dynamic_sums_are_exact(columns):
-    layer = make(columns, TOKEN)
+def test_dynamic_sums_are_exact(make_layer, columns):
+    layer = make_layer(columns, TOKEN)
     x = np.random.default_rng(1).standard_normal((5, columns)).astype(np.float32)
     found = quant_cell(SmoothedLinear(layer))(ms.Tensor(x)).asnumpy()
     codes, scale = quantize_per_token(x, INT8)
@@ -65,8 +45,8 @@ def test_dynamic_sums_are_exact(columns):
         TensorScheme(INT4, Granularity.PER_GROUP, symmetric=False, group_size=32),
     ],
 )
-def test_weight_only(scheme):
-    layer = make(64, weight=scheme)
+def test_weight_only(make_layer, scheme):
+    layer = make_layer(64, weight=scheme)
     smooth = np.random.default_rng(2).uniform(0.5, 2, 64).astype(np.float32)
     x = np.random.default_rng(1).standard_normal((2, 3, 64)).astype(np.float32)
     found = quant_cell(SmoothedLinear(layer, smooth), nn.ReLU())(ms.Tensor(x)).asnumpy()
@@ -74,11 +54,11 @@ def test_weight_only(scheme):
     assert np.abs(found - expected).max() <= 1e-5
 
 
-def test_replacing_in_any_container():
+def test_replacing_in_any_container(make_layer):
     network = nn.SequentialCell([nn.Dense(4, 4), nn.CellList([nn.Dense(4, 4)]), nn.ReLU()])
     assert list(find_linears(network)) == ["0", "1.0"]
     for name in ("0", "1.0"):
-        replace_cell(network, name, quant_cell(SmoothedLinear(make(64))))
+        replace_cell(network, name, quant_cell(SmoothedLinear(make_layer(64))))
         assert cell_at(network, name).scheme_name == "w8a16"
     names = [parameter.name for parameter in network.get_parameters()]
     assert "1.0._layer.matmul.weight_scale" in names
