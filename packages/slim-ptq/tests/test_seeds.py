@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from slim_core.checkpoint import open_checkpoint
 from slim_core.quantized import QuantizedCheckpoint
 from slim_core.verify import verify_checkpoint
-from slim_ptq import Calibrator, QuantConfig
+from slim_ptq import CalibrationData, Calibrator, LayerSelector, PrecisionTest, QuantConfig
 from slim_ptq.modules import FakeQuantLinear
 
 PROMPTS = [
@@ -167,3 +167,43 @@ def test_w8a16(
     assert np.abs((stored.codes - stored.weight_offset) * step - weight).max() <= step.max()
     assert stored.weight_offset.any()
     assert isinstance(model.get_submodule(name), FakeQuantLinear)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_accuracy_before_and_after_and_layers_to_fall_back(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optional steps: layers by difficulty, accuracy on BoolQ, a mixed calibration set."""
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "precision_tool" / "dataset" / "boolq"
+    home.mkdir(parents=True)
+    lines = [
+        {"title": "Ice", "passage": "Ice is cold.", "question": f"is {n}", "answer": n % 2 == 0}
+        for n in range(6)
+    ]
+    (home / "dev.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "mix.json").write_text(
+        json.dumps(
+            {"configurations": [{"dataset_name": "boolq", "dataset_path": str(home / "dev.jsonl")}]}
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    model, dataset_calib = prepare(model_path)
+    mixed = CalibrationData(str(tmp_path / "mix.json"), "", tokenizer)
+    mixed.set_sample_size({"boolq": 3})
+    for sample in mixed.process():
+        inputs = tokenizer([sample["prompt"]], return_tensors="pt")
+        dataset_calib.append([inputs.data["input_ids"], inputs.data["attention_mask"]])
+
+    precision_test = PrecisionTest(model, tokenizer, "boolq", 2, "cpu")
+    before = precision_test.test()
+    selector = LayerSelector(model, range_method="quantile")
+    selector.run(dataset_calib)
+    disable_names = selector.select_layers_by_disable_level(2)
+    assert 2 <= len(disable_names) < 8
+    quant_config = QuantConfig(disable_names=disable_names, dev_type="cpu", mm_tensor=False)
+    Calibrator(model, quant_config, calib_data=dataset_calib, disable_level="L0").run()
+    after = PrecisionTest(model, tokenizer, "boolq", 2, "cpu").test()
+    assert (before.metric, before.count) == (after.metric, after.count) == ("accuracy", 6)
+    assert abs(after.value - before.value) <= 0.5  # random weights: three answers may change
+    assert not any(isinstance(model.get_submodule(n), FakeQuantLinear) for n in disable_names)

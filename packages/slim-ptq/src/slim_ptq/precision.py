@@ -166,7 +166,8 @@ class TaskData:
         self._task = None if kind == PERPLEXITY else _make(kind, shot)
         self._questions: Sequence[Question] = ()
         if self._task is not None:
-            self._questions = self._task.load(path)[:samples]
+            kept = None if samples is None else samples * self._task.parts
+            self._questions = self._task.load(path)[:kept]
             self._task.check_answers(self._questions)
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,11 +44,12 @@ class Task(ABC):
     """A kind of data set.
 
     ``headline`` is the part (:attr:`Question.subject`) whose mean stands for the whole, if the
-    parts measure different things.
+    parts measure different things.  ``parts`` is how many questions :meth:`load` makes of an entry.
     """
 
     name: ClassVar[str]
     headline: ClassVar[str] = ""
+    parts: ClassVar[int] = 1
 
     @abstractmethod
     def load(self, path: PathLike) -> list[Question]:

@@ -23,6 +23,7 @@ class TruthfulQA(Task):
 
     name = "truthfulqa"
     headline = "mc1"
+    parts = 2
 
     def load(self, path: PathLike) -> list[Question]:
         """Read ``mc_task.json``."""
