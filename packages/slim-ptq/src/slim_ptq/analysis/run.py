@@ -90,6 +90,7 @@ def analyze(
     )
     if job.data is None:
         raise InvalidValueError("the model has to run on calibration data, and there is none")
+    given = data = job.data
     if job.inventory.model is None:
         raise InvalidValueError("the model has to run, and transformers does not know it")
     edited = job.recipe.smooth is not None or job.recipe.rotate is not None
@@ -102,7 +103,6 @@ def analyze(
     if job.recipe.rotate is not None:
         rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, place)
         job = replace(job, checkpoint=rotated)
-    data = job.data
     if kind is Metric.MODEL_ERROR and text is not None:
         data = _read_text(job, as_path("text", text), samples, length, batch)
     base: Effect | None = None
@@ -111,7 +111,7 @@ def analyze(
         scores = input_scores(job, data, kind, place)
     else:
         with tempfile.TemporaryDirectory(prefix="slim-analyze-") as made:
-            scores = quantize_into(Path(made), job, job.data, place)
+            scores = quantize_into(Path(made), job, given, place)
             if kind is Metric.MODEL_ERROR:
                 base, effects = _whole(job, data, Path(made), device, trust_remote_code)
     return Analysis(
