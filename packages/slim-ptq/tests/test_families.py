@@ -123,10 +123,12 @@ def test_both_faces_give_the_same_weights(
     calibrator.run()
     calibrator.save(str(tmp_path / "classic"), save_type=["ascendV1"])
     classic = QuantizedCheckpoint(tmp_path / "classic")
-    assert classic.layers == modern.layers
+    # The classic interface has a mixture of its own for DeepSeek.
+    per_token = [name for name in modern.layers if family == "deepseek_v3" and ".mlp." in name]
+    assert classic.layers == modern.layers | dict.fromkeys(per_token, "W8A8_DYNAMIC")
     for name, kind in classic.layers.items():
         one, other = classic.tensors_of(name), modern.tensors_of(name)
-        assert one.keys() == other.keys()
+        assert one.keys() == other.keys() or name in per_token
         np.testing.assert_array_equal(one["weight"], other["weight"])
         np.testing.assert_array_equal(one["weight_scale"], other["weight_scale"])
         if kind == "W8A8":

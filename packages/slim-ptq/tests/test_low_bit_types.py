@@ -19,7 +19,7 @@ from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.dequantizing import dequantize
-from slim_ptq.mixed import resolve_mix
+from slim_ptq.mixed import resolve_mix, with_model_default
 
 Factory = Callable[..., Any]
 
@@ -285,6 +285,29 @@ def test_targets_of_mixtures() -> None:
     for target in ("w8a16", "w4a8_dynamic"):
         with pytest.raises(InvalidValueError, match="W4A4_FLATQUANT_DYNAMIC goes with w8a8, w8a8_"):
             resolve_mix({"a": target}, w4a4, ["a"])
+
+
+def test_what_the_classic_interface_does_for_deepseek() -> None:
+    w8a8, w4a8 = QuantConfig(), QuantConfig(w_bit=4, is_dynamic=True, **GROUPED)
+    assert with_model_default({}, w8a8, "deepseek_v3") == {"*.mlp.*": "w8a8_dynamic"}
+    assert with_model_default({}, w8a8, "llama") == {}
+    mix = {"*experts*": "w4a8_dynamic"}
+    assert with_model_default(mix, w8a8, "deepseek_v3") == mix
+    assert with_model_default(mix, w4a8, "deepseek_v2") == {**mix, "*": "w8a8"}
+    assert with_model_default({"*": "float"}, w4a8, "deepseek_v2") == {"*": "float"}
+
+
+def test_a_mixture_with_a_second_kind_of_activations(
+    tiny_model: Factory, tiny_calib: Any, tmp_path: Path
+) -> None:
+    calibrator = Calibrator(
+        tiny_model("deepseek_v3"), QuantConfig(mm_tensor=False, pdmix=True), tiny_calib
+    )
+    calibrator.run()
+    calibrator.save(str(tmp_path / "out"), save_type=["ascendV1"])
+    kinds = QuantizedCheckpoint(tmp_path / "out").layers
+    assert {kind for name, kind in kinds.items() if ".mlp." in name} == {"W8A8_DYNAMIC"}
+    assert {kind for name, kind in kinds.items() if "attn" in name} == {"W8A8_MIX"}
 
 
 def test_numpy_has_no_place_for_the_second_stage(

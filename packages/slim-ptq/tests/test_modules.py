@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from slim_core.errors import (
     NumericalError,
 )
 from slim_core.layers import QuantizedLinear
+from slim_core.microscaling import round_groups
 from slim_core.scheme import QuantScheme
+from slim_core.two_stage import SECOND_SCALE
 from slim_ptq.devices import torch_device
-from slim_ptq.methods import quantize_minmax, relative_error
+from slim_ptq.methods import MinMax, quantize_minmax, relative_error
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.tensors import from_numpy, to_numpy
 
@@ -34,6 +38,13 @@ def layer(scheme: str, *, bias: bool = True, dtype: str = "float32") -> Quantize
     if parsed.is_static:
         given["input_scale"], given["input_offset"] = torch.tensor([0.03]), torch.tensor([-5.0])
     return QuantizedLinear("a.b", parsed, *parts, **given, model_dtype=dtype)
+
+
+def quantized(scheme: str) -> QuantizedLinear:
+    parsed = QuantScheme.parse(scheme)
+    assert parsed.weight is not None
+    parts = MinMax().quantize("a.b", randn(6, 64), parsed.weight)
+    return parts.layer("a.b", parsed, randn(6, seed=1), "float32")
 
 
 class TestFakeQuantLinear:
@@ -96,6 +107,68 @@ class TestFakeQuantLinear:
         assert back.name == "c.d"
         for field in ("codes", "weight_scale", "input_scale", "input_offset", "bias"):
             assert torch.equal(getattr(back, field), getattr(given, field))
+
+    def test_four_bit_activations(self) -> None:
+        given = quantized("w4a4_dynamic")
+        x = randn(2, 3, 64, seed=2)
+        scale = x.double().abs().amax(dim=-1, keepdim=True) / 7
+        codes = torch.round(x.double() / scale)
+        expected = (codes @ given.codes.double().T) * scale * given.weight_scale.double().ravel()
+        found = FakeQuantLinear(given, torch.float32)(x)
+        torch.testing.assert_close(found.double(), expected + given.bias, rtol=1e-5, atol=1e-5)
+
+    def test_flatquant_with_identities_is_plain(self) -> None:
+        plain, given = quantized("w4a4_dynamic"), quantized("w4a4_flatquant_dynamic")
+        x = randn(2, 3, 64, seed=2)
+        found = FakeQuantLinear(given, torch.float32)(x)
+        assert torch.equal(found, FakeQuantLinear(plain, torch.float32)(x))
+        assert any("identities" in note for note in given.notes)
+
+    def test_flatquant_transforms_and_clips_its_input(self) -> None:
+        extras = {
+            "left_trans": randn(8, 8, seed=3),
+            "right_trans": randn(8, 8, seed=4),
+            "clip_ratio": torch.tensor([0.5]),
+        }
+        given = replace(quantized("w4a4_flatquant_dynamic"), extras=extras)
+        x = randn(5, 64, seed=2)
+        inside = x.double() @ torch.kron(extras["left_trans"], extras["right_trans"]).double()
+        scale = 0.5 * inside.abs().amax(dim=-1, keepdim=True) / 7
+        codes = torch.round(inside / scale).clamp(-8, 7)
+        expected = (codes @ given.codes.double().T) * scale * given.weight_scale.double().ravel()
+        found = FakeQuantLinear(given, torch.float32)(x)
+        torch.testing.assert_close(found.double(), expected + given.bias, rtol=1e-4, atol=1e-4)
+
+    def test_two_stages_multiply_integers(self) -> None:
+        given = quantized("w4a8_dynamic_g32")
+        x = randn(2, 3, 64, seed=2)
+        scale = x.abs().amax(dim=-1, keepdim=True) / 127
+        codes = torch.round(x / scale).double()
+        integers = given.codes.double().reshape(6, 2, 32) * given.extras[SECOND_SCALE][..., None]
+        products = codes @ integers.reshape(6, 64).T
+        expected = products * scale * given.weight_scale.double().ravel() + given.bias
+        found = FakeQuantLinear(given, torch.float32)(x)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+    def test_mixed_activations_are_per_token_in_prefill_and_static_in_decode(self) -> None:
+        given = layer("w8a8_mix")
+        static = FakeQuantLinear(layer("w8a8"), torch.float32)
+        per_token = FakeQuantLinear(layer("w8a8_dynamic"), torch.float32)
+        found = FakeQuantLinear(given, torch.float32)
+        x = randn(2, 3, 64, seed=2)
+        assert torch.equal(found(x), per_token(x))
+        assert torch.equal(found(x[:, :1]), static(x[:, :1]))
+        assert torch.equal(found(x[0, 0]), static(x[0, 0]))
+
+    @pytest.mark.parametrize("text", ["w8a8_mxfp8", "w4a8_mxfp", "w4a4_mxfp4"])
+    def test_activations_in_groups(self, text: str) -> None:
+        given = quantized(text)
+        x = randn(2, 3, 64, seed=2)
+        rounded = round_groups(x, given.scheme.activation)
+        expected = rounded.double() @ given.dequantized().double().T + given.bias
+        found = FakeQuantLinear(given, torch.float32)(x)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(rounded, x)
 
     def test_it_shows_what_it_is(self) -> None:
         shown = repr(FakeQuantLinear(layer("w8a16_g32", bias=False), torch.float32))

@@ -78,7 +78,7 @@ def decode_table(codes: Array, dtype: TableType) -> Array:
     """Return the levels, float32, of codes."""
     xp = array_namespace(codes)
     values = xp.asarray(_values(dtype), device=device(codes))
-    places = xp.astype(codes, xp.int64) & ((1 << dtype.bits) - 1)
+    places = xp.astype(codes, xp.int32) & ((1 << dtype.bits) - 1)
     return xp.reshape(xp.take(values, xp.reshape(places, (-1,)), axis=0), codes.shape)
 
 

@@ -33,7 +33,7 @@ from slim_ptq.calibration.samples import check_samples, feed
 from slim_ptq.config import QuantConfig
 from slim_ptq.fallback import choose_fallback, measure_spread
 from slim_ptq.methods import LayerInputs, Needs, make_method
-from slim_ptq.mixed import check_mix, resolve_mix
+from slim_ptq.mixed import check_mix, resolve_mix, with_model_default
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
 from slim_ptq.offload import discard, keep_like, place, resident
@@ -224,6 +224,8 @@ class Calibrator:
             floats.update(choose_fallback(spread, level, frozenset(floats)))
         elif level:
             _log.info("disable_level is taken as L0, since there is no calibration data")
+        kind = getattr(getattr(self.model, "config", None), "model_type", "")
+        mix = with_model_default(mix, self.cfg, kind)
         mixed = resolve_mix(mix, self.cfg, names + others)
         return {
             name: FLOAT if name in floats else mixed.get(name) or self._default(name)

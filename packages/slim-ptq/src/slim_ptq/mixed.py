@@ -13,8 +13,14 @@ from slim_ptq.config import QuantConfig
 
 _CHANGES: dict[str, dict[str, Any]] = {
     "w8a8": {"w_bit": 8, "a_bit": 8, "is_dynamic": False, "w_sym": True},
-    "w8a16": {"w_bit": 8, "a_bit": 16, "is_dynamic": False},
-    "w8a8_dynamic": {"w_bit": 8, "a_bit": 8, "is_dynamic": True, "w_sym": True},
+    "w8a16": {"w_bit": 8, "a_bit": 16, "is_dynamic": False, "pdmix": False},
+    "w8a8_dynamic": {
+        "w_bit": 8,
+        "a_bit": 8,
+        "is_dynamic": True,
+        "w_sym": True,
+        "pdmix": False,
+    },
 }
 _CHANGES["w4a8_dynamic"] = _CHANGES["w8a8_dynamic"] | {
     "w_bit": 4,
@@ -23,6 +29,7 @@ _CHANGES["w4a8_dynamic"] = _CHANGES["w8a8_dynamic"] | {
     "co_sparse": False,
 }
 TARGETS = (*_CHANGES, "float")
+_DEEPSEEK = ("deepseek_v2", "deepseekv2", "deepseek_v3", "deepseekv3")
 _W4A4_PARTNERS = ("w8a8", "w8a8_dynamic", "float")
 
 
@@ -35,6 +42,23 @@ def check_mix(mix_cfg: Any) -> dict[str, str]:
     for pattern, target in mix_cfg.items():
         check_type("a key of mix_cfg", pattern, str)
         check_choice(f"mix_cfg[{pattern!r}]", target, TARGETS)
+    return mix_cfg
+
+
+def with_model_default(
+    mix_cfg: dict[str, str], config: QuantConfig, model_type: str
+) -> dict[str, str]:
+    """Return the mixture with what the classic interface adds for DeepSeek-V2 and V3.
+
+    W8A8 without a mixture quantizes the activations of the MLPs per token; in a mixture with W4A8
+    what no pattern matches is W8A8.
+    """
+    if model_type not in _DEEPSEEK:
+        return mix_cfg
+    if config.model_quant_type == "W8A8" and not mix_cfg:
+        return {"*.mlp.*": "w8a8_dynamic"}
+    if config.model_quant_type == "W4A8_DYNAMIC" and mix_cfg:
+        return {**mix_cfg, "*": mix_cfg.get("*", "w8a8")}
     return mix_cfg
 
 

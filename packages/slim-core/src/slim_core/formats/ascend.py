@@ -24,7 +24,7 @@ from slim_core.formats.layout import TensorSpec, layer_layout, layout_problem
 from slim_core.layers import QuantizedLinear
 from slim_core.numerics import unfold_scale
 from slim_core.scheme import QuantScheme, Variant
-from slim_core.two_stage import SECOND_SCALE
+from slim_core.two_stage import SECOND_SCALE, two_stage_integers
 
 DESCRIPTION_FILE = "quant_model_description.json"
 
@@ -159,9 +159,13 @@ def scale_bias(layer: QuantizedLinear, slices: int) -> np.ndarray:
     ``8 * sum_k W[o, k]`` over each of so many equal slices of the input channels, float32, shape
     (out, slices).
     """
-    weight = to_numpy(layer.dequantized(), np.float32)
-    sums: np.ndarray = weight.reshape(len(weight), slices, -1).sum(axis=2, dtype=np.float64)
-    return (8 * sums).astype(np.float32)
+    integers = layer.codes
+    if SECOND_SCALE in layer.extras:
+        integers = two_stage_integers(integers, layer.extras[SECOND_SCALE])
+    integers = to_numpy(integers, np.float32)  # below 2**24 also in their sums: exact
+    sums: np.ndarray = integers.reshape(len(integers), slices, -1).sum(axis=2)
+    bias: np.ndarray = 8 * sums * to_numpy(layer.weight_scale, np.float32)
+    return bias
 
 
 def _folded(layer: QuantizedLinear) -> Tensors:
