@@ -50,7 +50,6 @@ def offloaded(request: Any, saved_model: Any, tmp_path: Path) -> Callable[[str],
 
 
 CONFIGS: dict[str, Callable[[], QuantConfig]] = {
-    "w8a8": lambda: QuantConfig(mm_tensor=False),
     "w8a8_dynamic, kv": lambda: QuantConfig(mm_tensor=False, is_dynamic=True).kv_quant(),
     "w8a8, fa": lambda: QuantConfig(mm_tensor=False).fa_quant(),
     "w8a16, gptq": lambda: QuantConfig(8, 16, mm_tensor=False, w_method="GPTQ"),

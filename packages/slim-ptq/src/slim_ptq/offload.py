@@ -101,15 +101,14 @@ def keep_like(new: nn.Module, old: nn.Module, prefix: str) -> None:
     hooks = [hook for hook in _hooks(old) if hook.offload]
     if not hooks:
         return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
+    accelerate = _accelerate("hooks")
     hook = hooks[0]
-    weights = _offload().PrefixedDataset(hook.weights_map, prefix)
+    weights = _accelerate("utils.offload").PrefixedDataset(hook.weights_map, prefix)
     for name, buffer in new.named_buffers():
         _store(weights, name, buffer)
-    add_hook_to_module(
+    accelerate.add_hook_to_module(
         new,
-        AlignDevicesHook(
+        accelerate.AlignDevicesHook(
             execution_device=hook.execution_device,
             offload=True,
             io_same_device=hook.io_same_device,
@@ -137,7 +136,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 def _tensors(module: nn.Module, hook: Any) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors that a hook offloads, by the names that it uses."""
-    found = list(module.named_parameters(recurse=hook.place_submodules))
+    found: list[tuple[str, torch.Tensor]] = []
+    found += module.named_parameters(recurse=hook.place_submodules)
     if hook.offload_buffers:
         found += [
             (name, buffer)
@@ -166,7 +166,7 @@ def _store(weights: Any, name: str, tensor: torch.Tensor) -> None:
     if store.save_folder is None or name in store.state_dict:
         store.state_dict[name] = tensor.to("cpu", copy=True)
     else:
-        _offload().offload_weight(tensor, name, store.save_folder, store.index)
+        _accelerate("utils.offload").offload_weight(tensor, name, store.save_folder, store.index)
     if name not in store.all_keys:
         store.all_keys.append(name)
 
@@ -184,15 +184,15 @@ def _delete(weights: Any, name: str) -> None:
 
 def _whole(weights: Any, name: str) -> tuple[Any, str]:
     """Return the store below all prefixes, and the name in it."""
-    while isinstance(weights, _offload().PrefixedDataset):
+    while isinstance(weights, _accelerate("utils.offload").PrefixedDataset):
         name, weights = f"{weights.prefix}{name}", weights.dataset
     return weights, name
 
 
 def _is_loader(store: Any) -> bool:
-    return isinstance(store, _offload().OffloadedWeightsLoader)
+    return isinstance(store, _accelerate("utils.offload").OffloadedWeightsLoader)
 
 
-def _offload() -> Any:
-    """Return the module of accelerate that a model with offloaded weights has imported."""
-    return sys.modules["accelerate.utils.offload"]
+def _accelerate(name: str) -> Any:
+    """Return a module of accelerate, which whoever dispatched the model has imported."""
+    return sys.modules[f"accelerate.{name}"]
