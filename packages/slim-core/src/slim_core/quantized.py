@@ -94,10 +94,24 @@ class QuantizedCheckpoint:
         tensors = self.checkpoint.tensors
         copies = {name for name in tensors if name.endswith((".module.weight", ".module.bias"))}
         added = {name.replace(".module.bias", ".bias") for name in copies} - copies
+        if self._norms_have_biases(added):  # the last norm is smoothed in no model
+            added = set()
         noted = self.description.get("metadata", {}).get(ADDED_NORM_BIAS, [])
         return frozenset(
             {*copies, *(name for name in {*added, *noted} if name.endswith(".bias"))}
             & tensors.keys()
+        )
+
+    def _norms_have_biases(self, smoothed: set[str]) -> bool:
+        """Whether norms other than the smoothed ones have a bias, as those of the class then do."""
+        tensors = self.checkpoint.tensors
+        return any(
+            len(info.shape) == 1 and (bias := f"{name}.bias") in tensors and bias not in smoothed
+            for name, info in (
+                (full.removesuffix(".weight"), info)
+                for full, info in tensors.items()
+                if full.endswith(".weight") and not full.endswith(".module.weight")
+            )
         )
 
     def tensor_names(self, layer: str) -> list[str]:
