@@ -106,12 +106,10 @@ class QuantizedCheckpoint:
         """Whether norms other than the smoothed ones have a bias, as those of the class then do."""
         tensors = self.checkpoint.tensors
         return any(
-            len(info.shape) == 1 and (bias := f"{name}.bias") in tensors and bias not in smoothed
-            for name, info in (
-                (full.removesuffix(".weight"), info)
-                for full, info in tensors.items()
-                if full.endswith(".weight") and not full.endswith(".module.weight")
-            )
+            bias in tensors and bias not in smoothed and not bias.endswith(".module.bias")
+            for name, info in tensors.items()
+            if len(info.shape) == 1 and self.description.get(name) == "FLOAT"
+            for bias in [name.removesuffix("weight") + "bias"]
         )
 
     def tensor_names(self, layer: str) -> list[str]:
