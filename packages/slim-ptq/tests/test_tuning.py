@@ -170,6 +170,15 @@ def test_the_hard_layers_are_found(
     assert {file.name for file in tmp_path.iterdir()} == {"out", "out.tune.json"}
 
 
+def test_smoothed_recipes_are_ranked_by_the_error_of_layers(
+    model: Path, data: CalibrationData, text: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.build(scheme="w8a8", smooth="smoothquant")
+    given: dict[str, Any] = {"target": "ppl+900%", "calibration": data, "data": text}
+    assert tune(model, tmp_path / "a", recipe=recipe, **given).metric == "layer_error"
+    assert tune(model, tmp_path / "b", scheme="w8a8", **given).metric == "model_error"
+
+
 def test_nothing_falls_back_if_the_target_is_met(
     model: Path, data: CalibrationData, text: Path, tmp_path: Path
 ) -> None:

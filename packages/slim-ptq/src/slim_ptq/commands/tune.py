@@ -16,7 +16,6 @@ from slim_ptq.commands.options import (
     FormatName,
     Length,
     Method,
-    Metric,
     Model,
     Output,
     Overwrite,
@@ -49,7 +48,13 @@ def tune(
     task: Task = "perplexity",
     shot: Shot = 5,
     questions: Questions = None,
-    metric: Metric = "layer_error",
+    metric: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="How layers are ranked: model_error (default; layer_error if the recipe smooths "
+            "or rotates), layer_error, quantile, std, kurtosis."
+        ),
+    ] = None,
     fallback: Annotated[
         str, typer.Option(help="Scheme of the layers that fall back: float, w8a16 ...")
     ] = "float",
@@ -111,7 +116,8 @@ def _text(found: Tuned, output: Path) -> str:
     sign = "<=" if metric == "perplexity" else ">="
     lines = [
         f"target      {found.target}: {metric} {sign} {found.bound:.6g}"
-        f" (float model {found.reference:.6g})"
+        f" (float model {found.reference:.6g})",
+        f"ranking     {found.metric}",
     ]
     for trial in found.trials:
         verdict = "meets" if found.target.met(trial.value, found.reference) else "fails"

@@ -33,7 +33,7 @@ def tune(
     task: str = PERPLEXITY,
     shot: int = 5,
     questions: int | None = None,
-    metric: str = "layer_error",
+    metric: str | None = None,
     fallback: str = "float",
     prune: bool = False,
     scheme: str | None = None,
@@ -65,8 +65,9 @@ def tune(
         What the target is measured on: a text, or the data of ``task``.
     task, shot, questions
         As ``dataset``, ``shot`` and ``samples`` of :class:`slim_ptq.PrecisionTest`.
-    metric : str
-        How layers are ranked (:func:`slim_ptq.analyze`).
+    metric : str, optional
+        How layers are ranked (:func:`slim_ptq.analyze`): by ``model_error`` if not given, or by
+        ``layer_error`` if the recipe smooths or rotates, which join layers.
     fallback : str
         Scheme of the layers that fall back: ``float``, or such as ``w8a16``.
     prune : bool
@@ -92,7 +93,8 @@ def tune(
     place = check_output_dir(as_path("output", output), overwrite=overwrite)
     check_apart("model", model, place)
     torch_device(device)
-    check_choice("metric", metric, [known.value for known in Metric])
+    if metric is not None:
+        check_choice("metric", metric, [known.value for known in Metric])
     tasks = TaskData(task, data, shot=shot, samples=questions)
     if tasks.metric != goal.metric:
         raise InvalidValueError(
@@ -114,6 +116,9 @@ def tune(
         raise InvalidValueError("layers are ranked on calibration data, and there is none")
     if job.recipe.fallback:
         raise InvalidValueError("tune chooses the layers that fall back; leave fallback at 0")
+    if metric is None:
+        joined = job.recipe.smooth is not None or job.recipe.rotate is not None
+        metric = (Metric.LAYER_ERROR if joined else Metric.MODEL_ERROR).value
     final = place.resolve()
     candidates = Candidates(
         job=job,
@@ -137,6 +142,7 @@ def tune(
     candidates.write(layers, place, text=text, overwrite=overwrite)
     return Tuned(
         target=goal,
+        metric=metric,
         bound=goal.bound(search.reference),
         reference=search.reference,
         value=search.value(groups),

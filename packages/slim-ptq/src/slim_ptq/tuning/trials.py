@@ -32,6 +32,8 @@ class Tuned:
     Parameters
     ----------
     target : Target
+    metric : str
+        That layers were ranked by.
     bound : float
         The worst value that meets the target.
     reference : float
@@ -51,6 +53,7 @@ class Tuned:
     """
 
     target: Target
+    metric: str
     bound: float
     reference: float
     value: float
@@ -64,6 +67,7 @@ class Tuned:
         """Return plain values for JSON."""
         return {
             "target": str(self.target),
+            "metric": self.metric,
             "bound": self.bound,
             "float": self.reference,
             "value": self.value,
