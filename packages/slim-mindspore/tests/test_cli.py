@@ -86,8 +86,17 @@ def test_a_configuration_in_the_file(config, tmp_path, capsys):
 def test_the_plain_form(tiny_dir, boolq, tmp_path, capsys):
     out = tmp_path / "out"
     command = f"quantize {tiny_dir} {out} -q ptq -w int8 -a int8 -s {boolq} -t boolq"
-    assert main([*command.split(), "--seq-length", "32", "--samples", "3"]) == 0
+    dump = ["-d", str(tmp_path / "dump")]
+    assert main([*command.split(), "--seq-length", "32", "--samples", "3", *dump]) == 0
     assert verify_checkpoint(out).sound
+    assert len(list((tmp_path / "dump").iterdir())) == 28
+    with np.load(tmp_path / "dump" / "model.layers.1.attention.wq.npz") as arrays:
+        assert arrays["weight_scale"].shape == (128, 1)
+        span = max(arrays["input_high"].max(), 0) - min(arrays["input_low"].min(), 0)
+        assert arrays["input_scale"][0] == pytest.approx(span / 255, rel=2**-8)
+        assert (
+            arrays["input_mean"] <= np.maximum(-arrays["input_low"], arrays["input_high"])
+        ).all()
     assert "W8A8" in capsys.readouterr().out
     text = tmp_path / "eval.txt"
     text.write_text("The people of this country. " * 300)

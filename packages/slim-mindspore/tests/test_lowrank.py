@@ -7,7 +7,10 @@ from mindspore import nn
 
 from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueError
 from slim_mindspore import Decompose, count_parameters
-from slim_mindspore.evaluate import relative_error
+from slim_mindspore.evaluate import perplexity, relative_error
+from slim_mindspore.hub import load_llama
+
+HEAD = ["lm_head"]
 
 
 class Sample(nn.Cell):
@@ -72,6 +75,35 @@ def test_structure_and_names(sample, batches):
         assert part in names
     assert "inner.weight" not in names
     assert network(*batches[0]).shape == (8, 10)
+
+
+def test_count_with_rank_16_everywhere(sample):
+    ranks = {"embedding.1": 16, "feature.0": 16, "feature.2": 16, "inner": 16, "classifier.0": 16}
+    network = Decompose(sample).from_dict(ranks, divisor=16).decompose_network(False)
+    kept = 16 * 32 + 256 * 10 + 10  # embedding.0 and classifier.1 would not get smaller
+    linear = sum(16 * (i + o) + o for i, o in ((32, 64), (1600, 512), (512, 256)))
+    conv = sum(16 * (i + o) + 16 * 16 * k * k + o for i, o, k in ((64, 128, 3), (128, 64, 1)))
+    assert count_parameters(network) == kept + linear + conv == 60_426
+
+
+def test_a_language_model(tiny_dir, tiny, shared_model, calib_ids, eval_ids):
+    def cut(network, datasets):
+        decompose = Decompose(network).from_ratio(0.75, excludes=HEAD, divisor=16)
+        return decompose.decompose_network(datasets=datasets)
+
+    def elements(network):
+        names = network.parameters_dict().items()
+        return sum(p.size for n, p in names if ".attention." in n or ".feed_forward." in n)
+
+    plain = cut(load_llama(tiny_dir), None)
+    aware = cut(tiny, [[ms.Tensor(ids.astype(np.int32))] for ids in calib_ids[:4]])
+    assert elements(plain) / elements(shared_model) == pytest.approx(0.70, abs=0.005)
+    before, by_weight, by_data = (
+        perplexity(network, eval_ids[:512], window=128, batch=4)
+        for network in (shared_model, plain, aware)
+    )
+    # The examples' model is trained further than the one of which smaller losses were reported.
+    assert 0 < by_data / before - 1 <= 0.7 * (by_weight / before - 1)
 
 
 def test_embedding():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,8 +115,9 @@ def test_damaged_tensors_are_named(layer):
         decode_sparse("p", tensors)
 
 
-def test_integer_arithmetic_equals_fake_quantization(layer):
-    tensors = encode_sparse(layer)
+@pytest.mark.parametrize("biased", [False, True])
+def test_integer_arithmetic_equals_fake_quantization(layer, biased):
+    tensors = encode_sparse(layer if biased else replace(layer, bias=None))
     x = np.random.default_rng(2).uniform(-4, 4, (10, 200)).astype(np.float32)
     scale = tensors["input_scale"].astype(np.float32)
     codes = np.clip(np.rint(x / scale + tensors["input_offset"]), -128, 127)
@@ -122,9 +125,11 @@ def test_integer_arithmetic_equals_fake_quantization(layer):
     deq = tensors["deq_scale"].astype(np.uint32).view(np.float32)
     integer = total * deq
     restored = (codes - tensors["input_offset"]) * scale
-    fake = restored @ layer.dequantized().T + layer.bias
-    assert np.linalg.norm(integer - fake) <= 2e-4 * np.linalg.norm(fake)
-    assert (np.abs(integer - fake) <= 0.51 * deq).all()  # the rounding of quant_bias
+    # The file stands for a bias that is rounded to whole steps of deq.
+    stands_for = decode_sparse("p", tensors).bias
+    fake = restored @ layer.dequantized().T + stands_for
+    assert np.linalg.norm(integer - fake) <= 1e-5 * np.linalg.norm(fake)
+    assert (np.abs(stands_for - (layer.bias if biased else 0)) <= 0.51 * deq).all()
 
 
 @pytest.mark.oracle

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from slim_core.numerics import EPS
+from slim_core.validate import check_choice
 from slim_mindspore.ascend import FusedDynamic, FusedStatic, FusedWeightOnly, on_ascend
 from slim_mindspore.framework import Parameter, Tensor, ms, nn, ops
-from slim_mindspore.layouts import encode_layer
+from slim_mindspore.layouts import LAYOUT_OF, encode_layer
 from slim_mindspore.linears import stores_rows
 from slim_mindspore.quantized_layer import SmoothedLinear
 
@@ -35,14 +36,17 @@ def quant_cell(result: SmoothedLinear, activation: Any = None, layout: str = "gs
     activation : Cell, optional
         Applied to the output, as in ``nn.Dense``.
     layout : str
-        Whose names the parameters have.
+        Whose names the parameters have: ``gs-ptq``, ``gs-rtn`` or ``gs-sq``.
 
     Raises
     ------
+    InvalidValueError
+        The layout is another one.
     FormatError
         The layout cannot hold the layer.
     """
     scheme = result.layer.scheme
+    check_choice("layout", layout, LAYOUT_OF.values())
     if layout == "gs-rtn":
         return RtnLinear(result, layout, activation)
     if layout == "gs-sq":

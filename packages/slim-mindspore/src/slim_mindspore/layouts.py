@@ -25,12 +25,15 @@ gs-ptq     ``._layer.weight``                                  int8     (out, in
            ``._layer.bias`` (unless folded)                    CD       (out,)
 =========  ==================================================  =======  =====================
 
+``msmodelslim`` has the tensors of :mod:`slim_mindspore.sparse_format`.
+
 Zero points are stored negated.  ``dequant_scale`` holds the bits of a float32.  In ``gs-sq`` the
 bias stands for the float bias and the offset of the input together.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,9 +45,10 @@ from slim_core.layers import QuantizedLinear
 from slim_core.packing import pack_int4
 from slim_core.scheme import QuantScheme, ScaleKind, Variant
 from slim_mindspore.quantized_layer import SmoothedLinear
+from slim_mindspore.sparse_format import encode_sparse
 
 Tensors = dict[str, np.ndarray]
-LAYOUTS = ("gs-rtn", "gs-sq", "gs-ptq")
+LAYOUTS = ("gs-rtn", "gs-sq", "gs-ptq", "msmodelslim")
 LAYOUT_OF = {"rtn": "gs-rtn", "smooth_quant": "gs-sq", "ptq": "gs-ptq"}  # by quant_method
 COMPUTE_DTYPES = ("float32", "float16")
 PACKED = "_layer.weight"
@@ -75,6 +79,9 @@ def encode_layer(
         raise FormatError(f"{result.layer.name}: {problem}")
     if layout == "gs-rtn":
         return _encode_rtn(result, dtype)
+    if layout == "msmodelslim":
+        scale = _input_scale(result, np.float16, 1).astype(np.float32)
+        return encode_sparse(replace(result.layer, input_scale=scale))
     if layout == "gs-sq":
         return _encode_smooth_quant(result, dtype)
     return _encode_ptq(result, dtype, packed)
@@ -84,17 +91,23 @@ def unsupported(layout: str, result: SmoothedLinear, packed: bool = True) -> str
     """Return why a layout cannot hold a layer, None if it can."""
     scheme, rows = result.layer.scheme, result.layer.codes.shape[0]
     weight = scheme.weight
-    if not _known(scheme):
+    if weight is None or not _known(scheme):
         return f"layout {layout} holds int8 and int4 weights with int8 activations, not {scheme}"
-    plain = scheme.activation is None and not scheme.group_size and result.smooth is None
-    if layout == "gs-rtn" and not (plain and weight is not None and weight.dtype == INT8):
-        smoothed = "" if result.smooth is None else " with smoothing"
-        return f"layout gs-rtn holds w8a16 per channel only, not {scheme}{smoothed}"
-    if layout == "gs-sq" and not scheme.is_static:
-        return f"layout gs-sq holds w8a8 only, not {scheme}"
+    kind = str(scheme) if result.smooth is None else f"{scheme} with smoothing"
+    holds = {
+        "gs-rtn": ("w8a16 per channel", scheme.activation is None and weight.dtype == INT8),
+        "gs-sq": ("w8a8", scheme.is_static),
+        "msmodelslim": ("w8a8", scheme.is_static),
+    }
+    wanted, fits = holds.get(layout, ("", True))
+    only_plain = layout in ("gs-rtn", "msmodelslim") and (
+        scheme.group_size or result.smooth is not None
+    )
+    if not fits or only_plain:
+        return f"layout {layout} holds {wanted} only, not {kind}"
     if scheme.is_dynamic and scheme.group_size:
         return f"integer products need one scale for each row, not {scheme}"
-    if packed and weight is not None and weight.dtype == INT4 and rows % 2:
+    if packed and weight.dtype == INT4 and rows % 2:
         return f"layout {layout} packs two rows in a byte; {rows} rows are odd"
     return None
 

@@ -45,6 +45,8 @@ class QuantizedNetwork:
         By the names of the attention cells; empty unless the cache has fixed scales.
     reports : list of LayerReport
         One for each linear cell, also for those left in floating point.
+    inputs : dict of str to InputStatistics
+        What calibration saw of the inputs of cells, without products and tokens.
     changed : frozenset of str
         Names of float parameters that are no longer those of the float network.
     """
@@ -54,6 +56,7 @@ class QuantizedNetwork:
     layers: dict[str, SmoothedLinear] = field(default_factory=dict)
     caches: dict[str, CacheScales] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+    inputs: dict[str, InputStatistics] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
 
 
@@ -159,6 +162,8 @@ def plan(config: QuantizationConfig, linears: dict[str, Any]) -> dict[str, Quant
         inputs = linears[name].weight.shape[1 if getattr(linears[name], "transpose_b", True) else 0]
         if scheme.group_size and inputs % scheme.group_size:
             problems.append(f"{name}: group_size {scheme.group_size} does not divide {inputs}")
+        elif scheme.group_size == inputs:
+            problems.append(f"{name}: group_size {inputs} is all of its inputs; use per_channel")
     if config.weight_dtype and all(scheme.is_float for scheme in schemes.values()):
         problems.append("modules_to_not_convert leaves no linear cell to quantize")
     if problems:
@@ -201,6 +206,9 @@ def _quantize_cell(
     weight_error, output_error = relative_errors(cell, result, statistics)
     replace_cell(done.network, name, quant_cell(result, activation_of(cell), layout))
     done.layers[name] = result
+    if statistics is not None:
+        statistics.forget_tokens()
+        done.inputs[name] = statistics
     done.reports.append(
         LayerReport(
             name=name,

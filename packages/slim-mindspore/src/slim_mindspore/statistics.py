@@ -72,6 +72,10 @@ class InputStatistics:
             if missing > 0:
                 self._rows.append(x[:missing].copy())
 
+    def forget_tokens(self) -> None:
+        """Free what grows with the square of the channels or with the number of tokens."""
+        self._rows, self.gram = [], None
+
     @property
     def peak(self) -> np.ndarray:
         """Largest magnitude of each channel."""

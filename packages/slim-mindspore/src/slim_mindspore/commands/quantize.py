@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-g", "--group_size", type=int, choices=GROUP_SIZES)
     add("-b", "--opname_blacklist", nargs="*", help="parts of names to leave in floating point")
     add("-e", "--debug", action="store_true", help="show what is going on")
+    add("-d", "--dump_path", metavar="DIR", help="write what calibration saw, one .npz a cell")
     add("--alpha", type=float, help="share of the activation in smoothing (default 0.5)")
     add("--weight-range", choices=("golden_stick", "symmetric"), help="convention of int8 scales")
     add("--layout", choices=LAYOUTS, help="names in a .ckpt or .safetensors file")
@@ -212,7 +213,7 @@ def _storage(job: Job) -> Any:
     if job.ascend:
         return model_dtype(open_checkpoint(model_dir(job.checkpoint)))
     layout = job.layout or LAYOUT_OF[job.config.quant_method]
-    return np.dtype("float16" if layout == "gs-sq" else job.compute_dtype)
+    return np.dtype("float16" if layout in ("gs-sq", "msmodelslim") else job.compute_dtype)
 
 
 def _batches(job: Job, texts: list[str], samples: int) -> list[np.ndarray]:
@@ -244,10 +245,13 @@ def _write(
     from rich.console import Console
 
     from slim_core.report_console import print_report
+    from slim_mindspore.dump import dump_arrays
     from slim_mindspore.run_report import make_report
     from slim_mindspore.save import save_ascend, save_quantized
 
     start = time.perf_counter()
+    if options.dump_path:
+        dump_arrays(quantized, options.dump_path)
     if job.ascend:
         target = save_ascend(quantized, model_dir(job.checkpoint), job.output, options.overwrite)
     else:
