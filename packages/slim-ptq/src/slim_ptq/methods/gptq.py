@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from slim_core.dtypes import TableType
+from slim_core.dtypes import IntType, TableType
 from slim_core.errors import InvalidValueError
 from slim_core.numerics import EPS, check_finite
 from slim_core.scheme import QuantScheme, TensorScheme
@@ -116,9 +116,9 @@ class GPTQ:
             raise InvalidValueError(f"method gptq needs the inputs of {name}")
         values = weight.detach().float()
         check_finite(name, "weight", values)
-        feedback = self._feedback(name, scheme, inputs)
         fit = _FITS[self.range]
         grid = fit_weight(values, scheme, fit, inputs.moments)
+        feedback = self._feedback(name, scheme, inputs)
         rounding = _Rounding(values, grid, feedback, self.block)
         if scheme.group_size and not self.static_groups:
             rounding.choose_grids(fit)
@@ -238,6 +238,7 @@ class _Rounding:
     ) -> None:
         grid = self._group_grid(group)
         dtype = grid.scheme.dtype
+        assert isinstance(dtype, IntType)  # narrowing: tables have no offset
         pull, stiffness = _sums(
             grid.scale * slope, (grid.scale**2 * own.sum()).expand_as(slope[:1]), self.grid
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slim_core.dtypes import TableType
-from slim_core.numerics import EPS, affine_params
+from slim_core.numerics import EPS, affine_params, split_groups
 from slim_core.scheme import Granularity, ScaleKind, TensorScheme
 from slim_core.tables import decode_table, encode_table
 from slim_core.two_stage import LARGEST_GROUP_SCALE, SECOND_SCALE, two_stage_scales
@@ -152,8 +152,8 @@ class WeightGrid:
             second = {SECOND_SCALE: (self.scale / self.unit).round()}
             return Parts(codes, self.unit, torch.zeros_like(self.unit), second, notes)
         scale, offset = self.scale, self.offset
-        if self.scheme.granularity is Granularity.PER_TENSOR:
-            scale, offset = scale.reshape(1), offset.reshape(1)
+        if self.scheme.granularity in (Granularity.PER_TENSOR, Granularity.PER_BLOCK):
+            scale, offset = scale.reshape(-1), offset.reshape(-1)
         return Parts(codes, scale.contiguous(), offset.contiguous(), notes=notes)
 
 
@@ -168,11 +168,18 @@ def fit_weight(
     Parameters
     ----------
     weight : torch.Tensor
-        float32, shape (out, in); the group size of the scheme divides ``in``.
+        float32, shape (out, in).
     moments : torch.Tensor, optional
         Shape (in,): mean square of the input channels.
+
+    Raises
+    ------
+    FormatError
+        The size of a group or block does not divide ``in``.
     """
     rows, columns = weight.shape
+    if scheme.group_size:
+        split_groups(weight, scheme.group_size)  # which raises
     whole = scheme.granularity is Granularity.PER_TENSOR
     size = scheme.group_size or columns
     two_stage = scheme.scales is ScaleKind.TWO_STAGE

@@ -15,13 +15,14 @@ from slim_ptq.methods.clip import Clip
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.methods.hqq import HQQ
 from slim_ptq.methods.minmax import MinMax
+from slim_ptq.methods.signround import SignRound
 from slim_ptq.methods.sparse import Sparse
 from slim_ptq.methods.ssz import SSZ
 
 SPARSE = MethodSpec(Sparse.name)
 
 METHODS: dict[str, type[Any]] = {
-    method.name: method for method in (MinMax, Clip, SSZ, HQQ, GPTQ, Sparse)
+    method.name: method for method in (MinMax, Clip, SSZ, HQQ, GPTQ, SignRound, Sparse)
 }
 
 
