@@ -129,6 +129,12 @@ class FAQuantizer(nn.Module):
         self.mode = Mode.IDLE
         self._clear()
 
+    def merge(self, other: FAQuantizer) -> None:
+        """Take in what another one has observed of later data."""
+        for part, seen in self._ranges.items():
+            seen.merge(other._ranges[part])
+        self._errors = other._errors | self._errors
+
     def params(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return scale and offset of each of ``q``, ``k``, ``v`` that was observed."""
         return {part: self._ranges[part].params() for part in STATES}

@@ -42,6 +42,13 @@ class HeadRange:
             low, high = torch.minimum(low, self._low), torch.maximum(high, self._high)
         self._low, self._high = low, high
 
+    def merge(self, other: HeadRange) -> None:
+        """Take in what another one has seen of the same heads."""
+        if other._low is None or other._high is None:
+            return
+        self._low = other._low if self._low is None else torch.minimum(self._low, other._low)
+        self._high = other._high if self._high is None else torch.maximum(self._high, other._high)
+
     def params(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale ``max(|low|, |high|) / 127`` and offset 0, float32, shape (heads, 1)."""
         assert self._low is not None  # narrowing: callers look at heads first

@@ -18,6 +18,7 @@ from slim_ptq.attention.install import (
 )
 from slim_ptq.attention.names import saved_module_name
 from slim_ptq.kv import CacheQuantizer, attach, find_cache_sources
+from slim_ptq.offload import input_device
 from slim_ptq.tensors import from_numpy
 
 
@@ -82,8 +83,7 @@ def _fused_channels(
     model: nn.Module, linears: Mapping[str, str]
 ) -> dict[tuple[str, str], torch.Tensor | None]:
     """Return the channels of keys and values of every fused layer, from a run on four tokens."""
-    device = next(model.parameters()).device
-    ids = torch.arange(4, device=device)[None]
+    ids = torch.arange(4, device=input_device(model))[None]
     found = find_cache_sources(model, linears.values(), lambda: model(ids))
     return {(source.linear, source.part): source.channels for source in found}
 
