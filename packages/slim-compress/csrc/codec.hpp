@@ -6,6 +6,7 @@
 
 #include "container.hpp"
 #include "kernels.hpp"
+#include "output.hpp"
 
 namespace slc1 {
 
@@ -20,7 +21,7 @@ struct EncodeOptions {
 };
 
 struct Encoded {
-  std::unique_ptr<std::uint8_t[], void (*)(void*)> weight{nullptr, nullptr};
+  Buffer weight{nullptr, nullptr};
   std::size_t weight_size = 0;
   std::vector<std::uint8_t> index;
 };

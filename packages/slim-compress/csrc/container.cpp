@@ -5,7 +5,6 @@
 namespace slc1 {
 namespace {
 
-constexpr std::size_t kCrcAt = 28;
 constexpr std::uint64_t kMaxSide = std::uint64_t{1} << 31;
 
 std::uint32_t index_crc(const std::uint8_t* index, std::size_t size) {
@@ -17,28 +16,34 @@ std::uint32_t index_crc(const std::uint8_t* index, std::size_t size) {
 
 }  // namespace
 
-void write_entry(const Entry& entry, std::uint8_t* out) {
-  store(out, entry.crc);
-  store(out + 4, entry.length);
-  out[6] = static_cast<std::uint8_t>(entry.mode);
-  out[7] = entry.fill;
-}
-
-void write_header(const Header& h, std::uint8_t* index, std::size_t index_size) {
-  std::memset(index, 0, kHeaderBytes);
-  store(index, kMagic);
-  store(index + 4, kVersion);
-  store(index + 6, static_cast<std::uint16_t>(kHeaderBytes));
-  store(index + 8, h.n);
-  store(index + 12, h.k);
-  store(index + 16, h.tile_n);
-  store(index + 18, h.tile_k);
-  store(index + 20, h.tiles);
-  index[24] = h.tables;
-  index[25] = h.flags;
-  store(index + 32, h.weight_bytes);
-  store(index + 40, h.raw_bytes);
-  store(index + kCrcAt, index_crc(index, index_size));
+std::vector<std::uint8_t> write_index(const Header& h, const std::vector<CodeTable>& tables,
+                                      const std::vector<Entry>& entries) {
+  std::size_t size = kHeaderBytes + entries.size() * kEntryBytes;
+  for (const auto& table : tables) size += table_bytes(table);
+  std::vector<std::uint8_t> index(size);
+  std::uint8_t* at = index.data();
+  store(at, kMagic);
+  at[4] = kVersion;
+  at[5] = h.tables;
+  at[6] = h.flags;
+  at[7] = static_cast<std::uint8_t>(h.tile_n | h.tile_k << 4);
+  store(at + 8, h.n);
+  store(at + 12, h.k);
+  store(at + 16, h.weight_bytes);
+  at += kHeaderBytes;
+  for (const auto& table : tables) {
+    write_table(table, at);
+    at += table_bytes(table);
+  }
+  for (const auto& entry : entries) {
+    store(at, entry.crc);
+    store(at + 4, entry.length);
+    at[6] = static_cast<std::uint8_t>(entry.mode);
+    at[7] = entry.fill;
+    at += kEntryBytes;
+  }
+  store(index.data() + kCrcAt, index_crc(index.data(), size));
+  return index;
 }
 
 Entry Container::entry(std::size_t tile) const {
@@ -68,7 +73,9 @@ Problem Container::read_tables(std::size_t index_size) {
     at += table_bytes(table);
   }
   entries_ = index_ + at;
-  if (index_size - at != std::size_t{header_.tiles} * kEntryBytes) {
+  // A product of two sides below 2^32: no overflow.
+  const std::size_t tiles = grid().tiles();
+  if (index_size - at != tiles * kEntryBytes) {
     return {-1, "the index length does not fit its header"};
   }
   return {};
@@ -78,10 +85,9 @@ Problem Container::check_header(std::size_t index_size, std::size_t weight_size)
   if (index_size < kHeaderBytes) return {-1, "the index is shorter than its header"};
   const std::uint8_t* p = index_;
   if (load32(p) != kMagic) return {-1, "the index does not start with SLC1"};
-  if (load16(p + 4) != kVersion) return {-1, "the format version is not 1"};
-  if (load16(p + 6) != kHeaderBytes) return {-1, "the header length is not 64"};
-  header_ = {load32(p + 8), load32(p + 12), load16(p + 16), load16(p + 18), load32(p + 20),
-             p[24], p[25], load64(p + 32), load64(p + 40)};
+  if (p[4] != kVersion) return {-1, "the format version is not 1"};
+  header_ = {p[5],          p[6],           static_cast<std::uint8_t>(p[7] & 15),
+             static_cast<std::uint8_t>(p[7] >> 4), load32(p + 8), load32(p + 12), load64(p + 16)};
   const Header& h = header_;
   if (h.n == 0 || h.k == 0 || h.n > kMaxSide || h.k > kMaxSide) {
     return {-1, "the matrix size is zero or above 2^31"};
@@ -91,14 +97,6 @@ Problem Container::check_header(std::size_t index_size, std::size_t weight_size)
   }
   if (h.tables > kMaxTables) return {-1, "there are more than 4 code tables"};
   if (h.flags > kFlagTransposed) return {-1, "an unknown flag is set"};
-  if (load16(p + 26) != 0 || load64(p + 48) != 0 || load64(p + 56) != 0) {
-    return {-1, "non-zero padding in the header"};
-  }
-  if (h.raw_bytes != std::uint64_t{h.n} * h.k) return {-1, "the raw size is not rows times columns"};
-  if (h.tiles != grid().tiles()) return {-1, "the tile count does not fit the matrix size"};
-  if ((index_size - kHeaderBytes) / kEntryBytes < h.tiles) {
-    return {-1, "the index length does not fit its header"};
-  }
   if (h.weight_bytes != weight_size) return {-1, "the weight length does not fit the header"};
   if (weight_size < kGuardBytes) return {-1, "the weight is shorter than its guard"};
   return {};
@@ -107,9 +105,9 @@ Problem Container::check_header(std::size_t index_size, std::size_t weight_size)
 Problem Container::check_entries() {
   const Grid g = grid();
   const std::uint64_t room = header_.weight_bytes - kGuardBytes;
-  offsets_.resize(header_.tiles);
+  offsets_.resize(g.tiles());
   std::uint64_t end = 0;
-  for (std::size_t t = 0; t < header_.tiles; ++t) {
+  for (std::size_t t = 0; t < offsets_.size(); ++t) {
     const auto tile = static_cast<std::int64_t>(t);
     const Entry e = entry(t);
     const std::size_t bytes = TileBox(g, t).bytes();

@@ -8,11 +8,12 @@
 
 namespace slc1 {
 
-constexpr std::size_t kHeaderBytes = 64;
+constexpr std::size_t kHeaderBytes = 28;
+constexpr std::size_t kCrcAt = 24;  // in the header
 constexpr std::size_t kEntryBytes = 8;
-constexpr std::size_t kGuardBytes = 32;
+constexpr std::size_t kGuardBytes = 8;
 constexpr std::uint32_t kMagic = 0x31434C53;  // "SLC1"
-constexpr std::uint16_t kVersion = 1;
+constexpr std::uint8_t kVersion = 1;
 constexpr std::uint8_t kFlagTransposed = 1;
 
 struct Entry {
@@ -22,18 +23,14 @@ struct Entry {
   std::uint8_t fill = 0;
 };
 
-void write_entry(const Entry& entry, std::uint8_t* out);
-
 struct Header {
+  std::uint8_t tables, flags, tile_n, tile_k;
   std::uint32_t n, k;
-  std::uint16_t tile_n, tile_k;
-  std::uint32_t tiles;
-  std::uint8_t tables, flags;
-  std::uint64_t weight_bytes, raw_bytes;
+  std::uint64_t weight_bytes;
 };
 
-// Writes the header in front of tables and entries that are in place already, with the checksum.
-void write_header(const Header& header, std::uint8_t* index, std::size_t index_size);
+std::vector<std::uint8_t> write_index(const Header& header, const std::vector<CodeTable>& tables,
+                                      const std::vector<Entry>& entries);
 
 struct Problem {
   std::int64_t tile = -1;  // -1: the stream as a whole
@@ -49,13 +46,14 @@ class Container {
 
   const Header& header() const { return header_; }
   Grid grid() const { return {header_.n, header_.k, header_.tile_n, header_.tile_k}; }
+  std::size_t tiles() const { return offsets_.size(); }
   const std::vector<CodeTable>& tables() const { return tables_; }
   Entry entry(std::size_t tile) const;
   std::uint64_t offset(std::size_t tile) const { return offsets_[tile]; }  // of the payload
 
  private:
   Problem check_header(std::size_t index_size, std::size_t weight_size);
-  Problem read_tables(std::size_t index_size);
+  Problem read_tables(std::size_t index_size);  // after which the tile count is known to be true
   Problem check_entries();
 
   const std::uint8_t* index_ = nullptr;

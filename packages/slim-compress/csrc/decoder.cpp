@@ -65,7 +65,7 @@ Problem Decoder::check(std::size_t threads) const {
 template <typename Take>
 Problem Decoder::each_tile(std::size_t threads, Take&& take) const {
   if (Problem p = check_guard(); p.reason != nullptr) return p;
-  const std::size_t tiles = container_.header().tiles;
+  const std::size_t tiles = container_.tiles();
   std::atomic<std::size_t> first_bad{tiles};
   std::mutex guard;
   Problem worst;

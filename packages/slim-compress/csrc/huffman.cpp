@@ -1,124 +1,8 @@
 #include "huffman.hpp"
 
 #include <algorithm>
-#include <numeric>
-#include <vector>
 
 namespace slc1 {
-namespace {
-
-constexpr std::uint64_t kFull = std::uint64_t{1} << kMaxCodeBits;
-
-// Package-merge (Larmore and Hirschberg 1990). `weights` ascend; lengths come back in that order.
-std::vector<std::uint8_t> package_merge(const std::vector<std::uint64_t>& weights) {
-  const std::size_t n = weights.size();
-  struct Item {
-    std::uint64_t weight;
-    int left;   // leaf: -1
-    int right;  // leaf: its index
-  };
-  std::vector<Item> pool;
-  pool.reserve(n * (2 * kMaxCodeBits + 2));
-  std::vector<int> leaves(n);
-  for (std::size_t i = 0; i < n; ++i) {
-    leaves[i] = static_cast<int>(pool.size());
-    pool.push_back({weights[i], -1, static_cast<int>(i)});
-  }
-  std::vector<int> list = leaves;
-  std::vector<int> packages;
-  std::vector<int> merged;
-  for (std::size_t level = 1; level < kMaxCodeBits; ++level) {
-    packages.clear();
-    for (std::size_t i = 0; i + 1 < list.size(); i += 2) {
-      packages.push_back(static_cast<int>(pool.size()));
-      pool.push_back({pool[list[i]].weight + pool[list[i + 1]].weight, list[i], list[i + 1]});
-    }
-    merged.clear();
-    // On equal weight a leaf goes before a package: the same lengths on every machine.
-    std::merge(leaves.begin(), leaves.end(), packages.begin(), packages.end(),
-               std::back_inserter(merged),
-               [&](int a, int b) { return pool[a].weight < pool[b].weight; });
-    list.swap(merged);
-  }
-  std::vector<std::uint8_t> lengths(n, 0);
-  std::vector<int> stack(list.begin(), list.begin() + static_cast<std::ptrdiff_t>(2 * n - 2));
-  while (!stack.empty()) {
-    const Item item = pool[stack.back()];
-    stack.pop_back();
-    if (item.left < 0) {
-      ++lengths[item.right];
-    } else {
-      stack.push_back(item.left);
-      stack.push_back(item.right);
-    }
-  }
-  return lengths;
-}
-
-struct Candidate {
-  std::uint64_t cost = ~std::uint64_t{0};
-  CodeTable table;
-};
-
-// `order`: values that occur, most frequent first. The first `direct` of them get codes.
-Candidate try_direct(const Counts& counts, const std::vector<int>& order, std::size_t direct,
-                     bool always_escape) {
-  std::uint64_t tail = always_escape && order.size() < 256 ? 1 : 0;
-  for (std::size_t i = direct; i < order.size(); ++i) tail += counts[order[i]];
-  std::vector<int> symbols(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(direct));
-  if (tail != 0) symbols.push_back(static_cast<int>(kEscape));
-  Candidate result;
-  if (symbols.size() < 2) return result;
-  auto weight = [&](int s) { return s == static_cast<int>(kEscape) ? tail : counts[s]; };
-  std::sort(symbols.begin(), symbols.end(),
-            [&](int a, int b) { return std::make_pair(weight(a), a) < std::make_pair(weight(b), b); });
-  std::vector<std::uint64_t> weights(symbols.size());
-  std::transform(symbols.begin(), symbols.end(), weights.begin(), weight);
-  const auto lengths = package_merge(weights);
-  result.cost = 8 * tail;
-  for (std::size_t i = 0; i < symbols.size(); ++i) {
-    result.table.lengths[symbols[i]] = lengths[i];
-    result.cost += lengths[i] * weights[i];
-  }
-  if (tail != 0) {
-    std::uint8_t absent = 0;
-    while (result.table.lengths[absent] != 0) ++absent;
-    result.table.placeholder = absent;
-  }
-  return result;
-}
-
-}  // namespace
-
-CodeTable build_table(const Counts& counts, bool escapes, bool always_escape) {
-  std::vector<int> order;
-  for (int v = 0; v < 256; ++v) {
-    if (counts[v] != 0) order.push_back(v);
-  }
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return counts[a] > counts[b]; });
-  if (!escapes) return try_direct(counts, order, order.size(), false).table;
-  Candidate best;
-  auto consider = [&](std::size_t direct) {
-    if (direct < 1 || direct > order.size()) return;
-    Candidate next = try_direct(counts, order, direct, always_escape);
-    if (next.cost < best.cost) best = std::move(next);
-  };
-  // The cost over the number of direct values has one valley in practice: coarse, then fine.
-  const std::size_t step = order.size() <= 32 ? 1 : 8;
-  std::size_t centre = order.size();
-  std::uint64_t before = best.cost;
-  for (std::size_t direct = order.size();; direct -= std::min(step, direct)) {
-    consider(direct);
-    if (best.cost < before) centre = direct;
-    before = best.cost;
-    if (direct <= step) break;
-  }
-  for (std::size_t d = 1; step > 1 && d < step; ++d) {
-    consider(centre + d);
-    consider(centre > d ? centre - d : 0);
-  }
-  return best.table;
-}
 
 Codes canonical_codes(const Lengths& lengths) {
   std::array<std::uint32_t, kMaxCodeBits + 1> used{};
@@ -139,6 +23,8 @@ Codes canonical_codes(const Lengths& lengths) {
 }
 
 namespace {
+
+constexpr std::uint64_t kFull = std::uint64_t{1} << kMaxCodeBits;
 
 // The least and the greatest value that have a code, as signed numbers.
 struct Range {
@@ -240,21 +126,16 @@ void build_decode_table(const CodeTable& table, DecodeTable& out) {
   out.has_escape = table.has_escape();
 }
 
-void build_encode_table(const CodeTable& table, bool with_pairs, EncodeTable& out) {
+EncodeTable::EncodeTable(const CodeTable& table, bool with_pairs)
+    : escapes([&](std::size_t v) { return table.lengths[v] == 0; }) {
   const Codes codes = canonical_codes(table.lengths);
-  out.any_escaped = false;
   for (std::size_t v = 0; v < 256; ++v) {
     const std::size_t s = table.lengths[v] != 0 ? v : kEscape;
-    out.escaped[v] = s == kEscape;
-    out.any_escaped |= s == kEscape;
-    out.code[v] = codes[s] | static_cast<std::uint32_t>(table.lengths[s]) << 24;
+    code[v] = static_cast<std::uint32_t>(codes[s]) << 8 | table.lengths[s];
   }
-  out.pair.resize(with_pairs ? 65536 : 0);
-  for (std::size_t i = 0; i < out.pair.size(); ++i) {
-    const std::uint32_t first = out.code[i >> 8];
-    const std::uint32_t second = out.code[i & 255];
-    out.pair[i] = first + ((second & 0xFFFF) << (first >> 24)) + (second & 0xFF000000U);
-  }
+  if (!with_pairs) return;
+  pair.resize(65536);
+  for (std::size_t i = 0; i < pair.size(); ++i) pair[i] = join(code[i & 255], code[i >> 8]);
 }
 
 }  // namespace slc1

@@ -42,13 +42,42 @@ struct DecodeTable {
 };
 void build_decode_table(const CodeTable& table, DecodeTable& out);
 
-struct EncodeTable {
-  std::array<std::uint32_t, 256> code;     // code | length << 24
-  std::array<std::uint8_t, 256> escaped;   // 1: written as an escape
-  bool any_escaped;
-  // The codes of two neighbours p[0], p[1] at p[0] | p[1] << 8, p[1] lowest; empty unless wanted.
-  std::vector<std::uint32_t> pair;
+// The code of p[1], then that of p[0]: streams start at the last byte. code << 8 | length, all three.
+inline std::uint32_t join(std::uint32_t p0, std::uint32_t p1) {
+  return p1 + ((p0 & ~255U) << (p1 & 31)) + (p0 & 255);
+}
+
+// Values that are written as escapes.
+struct EscapeSet {
+  std::array<std::uint8_t, 256> has;  // 1: is one
+  // None of the values first, ..., first + span (modulo 256) is one: a quick test for most bytes.
+  std::uint8_t first = 0, span = 0;
+  bool empty;
+
+  template <typename Has>
+  explicit EscapeSet(Has&& is_escape) {
+    std::size_t run = 0;
+    std::size_t longest = 0;
+    // Twice around, for runs that go on from 255 to 0.
+    for (std::size_t v = 0; v < 512 && run < 256; ++v) {
+      has[v & 255] = is_escape(v & 255);
+      run = has[v & 255] != 0 ? 0 : run + 1;
+      if (run <= longest) continue;
+      longest = run;
+      first = static_cast<std::uint8_t>(v + 1 - run);
+      span = static_cast<std::uint8_t>(run - 1);
+    }
+    empty = longest == 256;
+  }
 };
-void build_encode_table(const CodeTable& table, bool with_pairs, EncodeTable& out);
+
+struct EncodeTable {
+  std::array<std::uint32_t, 256> code;  // code << 8 | length
+  EscapeSet escapes;
+  // The joint codes of two neighbours p[0], p[1] at p[0] | p[1] << 8; empty unless wanted.
+  std::vector<std::uint32_t> pair;
+
+  EncodeTable(const CodeTable& table, bool with_pairs);
+};
 
 }  // namespace slc1

@@ -14,14 +14,17 @@ struct Kernels {
   // CRC-32C (Castagnoli, reflected, initial and final complement as in RFC 3720) of the bytes.
   std::uint32_t (*crc32c)(const std::uint8_t* data, std::size_t size);
 
-  // Adds the byte values of `rows` rows of `width` bytes, 65535 bytes at most, to `counts`.
-  void (*histogram)(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t rows,
-                    std::size_t width, std::uint16_t* counts);
+  // Adds the byte values of 65535 bytes at most to `counts`.
+  void (*histogram)(const std::uint8_t* bytes, std::size_t size, std::uint16_t* counts);
 
-  // Writes the HUF payload of a tile whose part s uses tables[choice[s]]; returns its size. Up to
-  // kWriteSlack bytes more are touched.
-  std::size_t (*huf_encode)(const EncodeTable* tables, const std::uint8_t* choice,
-                            const std::uint8_t* tile, std::size_t size, std::uint8_t* out);
+  // Writes the bit stream of a part; returns its end. Up to kWriteSlack bytes more are touched.
+  std::uint8_t* (*encode_part)(const EncodeTable& table, const std::uint8_t* part, std::size_t size,
+                               std::uint8_t* out);
+
+  // Writes the bytes that are escapes in their order; returns the end of what it wrote. Up to
+  // kWriteSlack bytes more are touched, and read behind the part.
+  std::uint8_t* (*collect_escapes)(const EscapeSet& escapes, const std::uint8_t* part,
+                                   std::size_t size, std::uint8_t* out);
 
   // `tile` must have room for kMaxTileBytes + kWriteSlack bytes. Reads stay below `readable_end`.
   Verdict (*huf_decode)(const DecodeTable* tables, std::size_t table_count,

@@ -22,26 +22,22 @@ namespace {
 #include "kernel_huf_encode.inc"
 #include "kernel_nib.inc"
 
-void histogram(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t rows,
-               std::size_t width, std::uint16_t* counts) {
+void histogram(const std::uint8_t* bytes, std::size_t size, std::uint16_t* counts) {
   // Four sub-tables: neighbours of equal value would otherwise wait for one another's increment.
   std::uint16_t part[4][256] = {};
-  for (std::size_t r = 0; r < rows; ++r) {
-    const std::uint8_t* p = first + static_cast<std::ptrdiff_t>(r) * stride;
-    std::size_t i = 0;
-    for (; i + 8 <= width; i += 8) {
-      const std::uint64_t v = load64(p + i);
-      ++part[0][v & 255];
-      ++part[1][v >> 8 & 255];
-      ++part[2][v >> 16 & 255];
-      ++part[3][v >> 24 & 255];
-      ++part[0][v >> 32 & 255];
-      ++part[1][v >> 40 & 255];
-      ++part[2][v >> 48 & 255];
-      ++part[3][v >> 56];
-    }
-    for (; i < width; ++i) ++part[0][p[i]];
+  std::size_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    const std::uint64_t v = load64(bytes + i);
+    ++part[0][v & 255];
+    ++part[1][v >> 8 & 255];
+    ++part[2][v >> 16 & 255];
+    ++part[3][v >> 24 & 255];
+    ++part[0][v >> 32 & 255];
+    ++part[1][v >> 40 & 255];
+    ++part[2][v >> 48 & 255];
+    ++part[3][v >> 56];
   }
+  for (; i < size; ++i) ++part[0][bytes[i]];
   for (std::size_t v = 0; v < 256; ++v) {
     counts[v] = static_cast<std::uint16_t>(counts[v] + part[0][v] + part[1][v] + part[2][v] +
                                            part[3][v]);
@@ -49,7 +45,7 @@ void histogram(const std::uint8_t* first, std::ptrdiff_t stride, std::size_t row
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, crc32c, histogram, huf_encode, huf_decode, nib_encode, nib_decode};
+  return {name, crc32c, histogram, encode_part, collect_escapes, huf_decode, nib_encode, nib_decode};
 }
 
 }  // namespace

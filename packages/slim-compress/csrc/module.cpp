@@ -131,7 +131,7 @@ py::bytes decode_tile(const py::array& weight, const py::array& index, std::size
   const Bytes w = bytes_of(weight, kWeight);
   const Bytes i = bytes_of(index, kIndex);
   const Container container = open_container(w, i);
-  if (tile >= container.header().tiles) throw py::index_error("no such tile");
+  if (tile >= container.tiles()) throw py::index_error("no such tile");
   std::vector<std::uint8_t> scratch(slc1::kMaxTileBytes + slc1::kWriteSlack);
   Problem problem;
   {
@@ -148,7 +148,7 @@ py::dict inspect(const py::array& weight, const py::array& index) {
   const Container container = open_container(bytes_of(weight, kWeight), i);
   const slc1::Header& h = container.header();
   std::vector<std::uint64_t> modes(4, 0);
-  for (std::size_t t = 0; t < h.tiles; ++t) {
+  for (std::size_t t = 0; t < container.tiles(); ++t) {
     ++modes[static_cast<std::size_t>(container.entry(t).mode)];
   }
   py::dict d;
@@ -156,7 +156,7 @@ py::dict inspect(const py::array& weight, const py::array& index) {
   d["k"] = h.k;
   d["tile_n"] = h.tile_n;
   d["tile_k"] = h.tile_k;
-  d["tiles"] = h.tiles;
+  d["tiles"] = container.tiles();
   d["tables"] = h.tables;
   d["transposed"] = (h.flags & slc1::kFlagTransposed) != 0;
   d["modes"] = modes;

@@ -36,7 +36,7 @@ void histogram(const View& m, std::size_t n, std::size_t k, std::int64_t* counts
       std::uint16_t part[256] = {};
       const std::size_t width = std::min(kBlock, k - j);
       if (m.col == 1) {
-        kernels().histogram(row + j, 0, 1, width, part);
+        kernels().histogram(row + j, width, part);
       } else {
         for (std::size_t x = j; x < j + width; ++x) {
           ++part[row[static_cast<std::ptrdiff_t>(x) * m.col]];

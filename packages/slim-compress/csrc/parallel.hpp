@@ -15,24 +15,20 @@ namespace slc1 {
 // `make_worker()` is called once in each thread and returns a callable of one index.
 template <typename MakeWorker>
 void parallel_for(std::size_t count, std::size_t threads, MakeWorker&& make_worker) {
-  constexpr std::size_t kBatch = 4;
   std::atomic<std::size_t> next{0};
   std::exception_ptr failure;
   std::mutex guard;
   auto run = [&] {
     try {
       auto worker = make_worker();
-      for (;;) {
-        const std::size_t first = next.fetch_add(kBatch, std::memory_order_relaxed);
-        if (first >= count) return;
-        for (std::size_t i = first; i < first + kBatch && i < count; ++i) worker(i);
-      }
+      auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+      for (std::size_t i = take(); i < count; i = take()) worker(i);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(guard);
       if (!failure) failure = std::current_exception();
     }
   };
-  const std::size_t wanted = std::min(threads, (count + kBatch - 1) / kBatch);
+  const std::size_t wanted = std::min(threads, count);
   std::vector<std::thread> pool;
   pool.reserve(wanted);
   try {

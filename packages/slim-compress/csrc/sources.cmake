@@ -1,7 +1,9 @@
 # Sources of the codec, shared by the Python module and the fuzzers. Each instruction set has a file
 # of its own with its own flags; dispatch.cpp chooses at run time.
 set(SLC1_SOURCES)
-foreach(part container decoder dispatch encoder huffman kernels_scalar layout nz tables)
+foreach(part
+    build_table container decoder dispatch encoder huffman kernels_scalar layout nz output survey
+    tables)
   list(APPEND SLC1_SOURCES ${CMAKE_CURRENT_LIST_DIR}/${part}.cpp)
 endforeach()
 set(SLC1_DEFINITIONS)

@@ -22,10 +22,9 @@ void require(bool condition, const char* what) {
 }
 
 void fix_checksum(std::vector<std::uint8_t>& index) {
-  constexpr std::size_t kAt = 28;
   if (index.size() < slc1::kHeaderBytes) return;
-  slc1::store(index.data() + kAt, std::uint32_t{0});
-  slc1::store(index.data() + kAt, slc1::kernels().crc32c(index.data(), index.size()));
+  slc1::store(index.data() + slc1::kCrcAt, std::uint32_t{0});
+  slc1::store(index.data() + slc1::kCrcAt, slc1::kernels().crc32c(index.data(), index.size()));
 }
 
 struct Outcome {

@@ -41,12 +41,12 @@ def test_every_bit_of_the_index_with_the_checksum_made_right(stream):
     matrix, (weight, index, info) = stream
     accepted = 0
     for position in range(8 * index.size):
-        if 28 <= position // 8 < 32:
+        if 24 <= position // 8 < 28:
             continue
         bad = index.copy()
         bad[position // 8] ^= np.int8(np.uint8(1 << position % 8).view(np.int8))
-        bad[28:32] = 0
-        bad[28:32] = np.array([_native.crc32c(bad)], np.uint32).view(np.int8)
+        bad[24:28] = 0
+        bad[24:28] = np.array([_native.crc32c(bad)], np.uint32).view(np.int8)
         accepted += attempt(matrix, weight, bad, info) is None
     assert accepted == 0
 
@@ -80,14 +80,14 @@ def test_swapped_tiles(sparse):
     weight, index, info = compress(matrix)
     entries = index[-8 * 4 :].reshape(4, 8)
     entries[[0, 3]] = entries[[3, 0]]
-    index[28:32] = 0
-    index[28:32] = np.array([_native.crc32c(index)], np.uint32).view(np.int8)
+    index[24:28] = 0
+    index[24:28] = np.array([_native.crc32c(index)], np.uint32).view(np.int8)
     assert attempt(matrix, weight, index, info) is not None
 
 
 def test_the_message_names_tensor_tile_and_reason(sparse):
     weight, index, info = compress(sparse(128, 512))
-    weight[weight.size - 40] ^= 1
+    weight[weight.size - 16] ^= 1
     with pytest.raises(CorruptStreamError, match=r"^w, tile 1: ") as caught:
         decompress(weight, index, info, name="w")
     assert caught.value.tile == 1
@@ -116,29 +116,30 @@ def test_info_must_fit(stream):
         assert attempt(matrix, weight, index, bad) is not None
 
 
-def forged_header(n, k, tiles, tables=0):
-    index = np.zeros(100, np.int8)
-    index[:4] = np.frombuffer(b"SLC1", np.int8)
-    index[4:8] = np.array([1, 64], np.uint16).view(np.int8)
-    index[8:16] = np.array([n, k], np.uint32).view(np.int8)
-    index[16:20] = np.array([8, 8], np.uint16).view(np.int8)
-    index[20:24] = np.array([tiles], np.uint32).view(np.int8)
-    index[24] = tables
-    index[32:48] = np.array([32, n * k], np.uint64).view(np.int8)
-    index[28:32] = np.array([_native.crc32c(index)], np.uint32).view(np.int8)
-    info = np.array([8, 8, k, n, 1, 0x31434C53, 1, n * k, 32, 0])
-    return np.zeros(32, np.int8), index, info
+def forged_header(n, k, tables=0, tile=0x88):
+    index = np.zeros(100, np.uint8)
+    index[:8] = np.frombuffer(b"SLC1" + bytes([1, tables, 0, tile]), np.uint8)
+    index[8:16] = np.array([n, k], np.uint32).view(np.uint8)
+    index[16:24] = np.array([32], np.uint64).view(np.uint8)
+    index[24:28] = np.array([_native.crc32c(index)], np.uint32).view(np.uint8)
+    info = np.array([tile >> 4, tile & 15, k, n, 1, 0x31434C53, 1, n * k, 32, 0])
+    return np.zeros(32, np.int8), index.view(np.int8), info
 
 
 def test_a_forged_size_allocates_nothing():
-    # 2^40 elements claimed by 100 bytes: honest and overflowing tile counts.
-    for tiles in ((1 << 40) // 32768, 0, 1, 0xFFFFFFFF):
-        with pytest.raises(CorruptStreamError, match="does not fit"):
-            decompress(*forged_header(1 << 20, 1 << 20, tiles))
+    for n, k in ((1 << 20, 1 << 20), (1 << 31, 1 << 31), (1, 1 << 31), (1 << 31, 1)):
+        for tile in (0x88, 0x11, 0x18):
+            with pytest.raises(CorruptStreamError, match="index length does not fit"):
+                decompress(*forged_header(n, k, tile=tile))
     with pytest.raises(CorruptStreamError, match="zero or above"):
-        decompress(*forged_header(0, 5, 0))
+        decompress(*forged_header(0, 5))
+    with pytest.raises(CorruptStreamError, match="zero or above"):
+        decompress(*forged_header((1 << 31) + 1, 5))
     with pytest.raises(CorruptStreamError, match="code tables"):
-        decompress(*forged_header(1, 1, 1, tables=5))
+        decompress(*forged_header(1, 1, tables=5))
+    for tile in (0x80, 0x08, 0x89, 0x98):
+        with pytest.raises(CorruptStreamError, match="1 to 8 fractals"):
+            decompress(*forged_header(1, 1, tile=tile))
 
 
 def test_random_code_tables(sparse):
@@ -150,8 +151,8 @@ def test_random_code_tables(sparse):
     for _ in range(3000):
         bad = index.copy()
         count = rng.integers(1, 6)
-        places = rng.integers(64, table_end, count)
+        places = rng.integers(28, table_end, count)
         bad[places] = rng.integers(-128, 128, count)
-        bad[28:32] = 0
-        bad[28:32] = np.array([_native.crc32c(bad)], np.uint32).view(np.int8)
+        bad[24:28] = 0
+        bad[24:28] = np.array([_native.crc32c(bad)], np.uint32).view(np.int8)
         attempt(matrix, weight, bad, info)

@@ -33,28 +33,24 @@ class SlowDecoder:
         self.weight, self.index = weight.tobytes(), index.tobytes()
         i = self.index
         assert i[:4] == b"SLC1"
-        assert number(i, 4, 2) == 1
-        assert number(i, 6, 2) == 64
+        assert i[4] == 1
+        tables, flags = i[5], i[6]
+        self.tile_n, self.tile_k = i[7] & 15, i[7] >> 4
         self.n, self.k = number(i, 8, 4), number(i, 12, 4)
-        self.tile_n, self.tile_k = number(i, 16, 2), number(i, 18, 2)
         self.n1, self.k1 = -(-self.n // 16), -(-self.k // 32)
         self.tn, self.tk = -(-self.n1 // self.tile_n), -(-self.k1 // self.tile_k)
-        assert number(i, 20, 4) == self.tn * self.tk
-        tables, flags = i[24], i[25]
-        assert number(i, 28, 4) == crc32c(i[:28] + bytes(4) + i[32:])
-        assert number(i, 32, 8) == len(self.weight)
-        assert number(i, 40, 8) == self.n * self.k
-        assert not any(i[48:64])
+        assert number(i, 16, 8) == len(self.weight)
+        assert number(i, 24, 4) == crc32c(i[:24] + bytes(4) + i[28:])
         expected = [self.tile_k, self.tile_n, self.k, self.n, 1, 0x31434C53, 1]
         assert info.tolist() == [*expected, self.n * self.k, len(self.weight), flags]
-        self.tables, at = [], 64
+        self.tables, at = [], 28
         for _ in range(tables):
             table, size = self.read_table(i[at:])
             self.tables.append(table)
             at += size
         self.entries = i[at:]
         assert len(self.entries) == 8 * self.tn * self.tk
-        assert self.weight[-32:] == bytes(32)
+        assert self.weight[-8:] == bytes(8)
 
     @staticmethod
     def read_table(raw):

@@ -35,9 +35,9 @@ class Compressed:
     Attributes
     ----------
     weight : numpy.ndarray
-        int8, 1-D: payloads of the tiles and 32 zero bytes.
+        int8, 1-D: payloads of the tiles and 8 zero bytes.
     index : numpy.ndarray
-        int8, 1-D: header, code tables and an entry of 16 bytes for each tile.
+        int8, 1-D: header, code tables and an entry of 8 bytes for each tile.
     info : numpy.ndarray
         int64 of length 10: fractals of a tile along k and n, k, n, 1, ``"SLC1"``, version, bytes
         of the matrix, bytes of ``weight``, flags.
