@@ -86,8 +86,8 @@ def test_a_short_file_is_found(tmp_path: Path) -> None:
     state = states_of(batches(), tmp_path, 1 << 20).save_state()
     with pytest.raises(CheckpointError, match="does not hold"):
         states_of(batches()[:2], tmp_path, 1 << 20, state).restore()
-    (tmp_path / "hidden-1.bin").write_bytes(b"1234")
-    with pytest.raises(CheckpointError, match=r"hidden-1\.bin does not hold"):
+    (tmp_path / "hidden.1.bin").write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match=r"hidden\.1\.bin does not hold"):
         states_of(batches(), tmp_path, 1 << 20, state).restore()
 
 

@@ -128,3 +128,42 @@ class CheckpointExport:
     def _add(self, name: str, array: np.ndarray, kind: str) -> None:
         self._writer.add(name, array)
         self._types[name] = kind
+
+
+class NoExport(CheckpointExport):
+    """Takes everything and writes nothing: for processes that leave writing to another one."""
+
+    def __init__(self) -> None:
+        """Take nothing: there is no directory and no format."""
+
+    def add_layer(self, layer: QuantizedLinear, *, transposed: bool = False) -> int:
+        """Return 0."""
+        return 0
+
+    def add_float(self, name: str, array: np.ndarray, kind: str = "FLOAT") -> int:
+        """Return 0."""
+        return 0
+
+    def describe(self, key: str, value: Any) -> None:
+        """Drop the key."""
+
+    def save_state(self) -> dict[str, Any]:
+        """Return nothing to go on from."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Have nothing to go on from."""
+
+    def close(self) -> None:
+        """Have nothing to complete."""
+
+    def __enter__(self) -> NoExport:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Have nothing to remove."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -66,7 +67,7 @@ def track(
 
     Notes
     -----
-    A bar is drawn on standard error if that is a terminal.
+    A bar is drawn on standard error if that is a terminal, by the first of several processes.
     """
     if total is None and isinstance(items, Sized):
         total = done + len(items)
@@ -109,7 +110,7 @@ def _report(event: Event) -> None:
 @contextlib.contextmanager
 def _bar(description: str, total: int | None, done: int) -> Iterator[Callable[[], None]]:
     """Yield what moves the bar by one step."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield lambda: None
         return
     from rich.console import Console

@@ -6,12 +6,15 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from slim_core.checkpoint import copy_side_files, open_checkpoint
 from slim_core.errors import FormatError
-from slim_core.export import CheckpointExport
+from slim_core.export import CheckpointExport, NoExport
 from slim_core.files import (
     PathLike,
     as_path,
@@ -24,13 +27,14 @@ from slim_core.plan import Plan
 from slim_core.provenance import fingerprint, provenance
 from slim_core.recipe import Recipe
 from slim_core.report import LayerReport, Report
-from slim_core.resume import resumable_dir
+from slim_core.resume import ResumableDir, resumable_dir
 from slim_core.validate import check_float, check_int
 from slim_core.verify import verify_checkpoint
 from slim_ptq.__about__ import __version__
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.devices import torch_device
 from slim_ptq.evaluate import Perplexity
+from slim_ptq.parallel import Team, own_device, team_of_environment
 from slim_ptq.pipeline import plan_with_fallback, run_blockwise, run_weights_only
 from slim_ptq.prepare import Prepared, prepare
 from slim_ptq.quality import evaluate_text
@@ -120,6 +124,7 @@ def quantize(
     """
     target = check_output_dir(as_path("output", output), overwrite=overwrite)
     check_apart("model", model, target)
+    device = own_device(device)
     place = torch_device(device)
     shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
     held = int(check_float("activation_gib", activation_gib, low=0, high=1 << 20) * _GIB)
@@ -138,61 +143,91 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     clock.stage("plan")
-    plan = job.plan
-    before = _perplexity(job.checkpoint.path, text, device, trust_remote_code)
-    clock.stage("evaluate float")
+    with team_of_environment(place.type) as team:
+        measure = _Measure(text if team.is_first else None, device, trust_remote_code)
+        before = measure.perplexity(job.checkpoint.path)
+        clock.stage("evaluate float")
+        job = _settle(job, place, clock)
+        prints = _fingerprints(job, device.partition(":")[0], shard, team)
+        if not team.is_first:
+            begun: tuple[Path, dict[str, Any] | None] = team.from_first(None)
+            _write(job, NoExport(), place, ResumableDir(begun[0], prints, begun[1]), held, team)
+            finished: Report = team.from_first(None)
+            return finished
+        with resumable_dir(target, prints, resume=resume, overwrite=overwrite) as work:
+            team.from_first((work.path, work.state))
+            export = CheckpointExport(
+                work.path,
+                FORMATS[job.plan.format],
+                model_type=job.plan.model_type,
+                group_size=job.plan.group_size,
+                max_shard_bytes=shard if job.plan.bytes_after > shard else None,
+            )
+            with export:
+                layers = _write(job, export, place, work, held, team)
+                _describe_tied_head(job, export)
+            clock.stage("quantize")
+            copy_side_files(job.checkpoint, work.path, _config_changes(job.plan))
+            _verify(work.path, job.plan)
+            clock.stage("verify")
+            after = measure.perplexity(work.path)
+            clock.stage("evaluate quantized")
+            report = _report(job, layers, work.path, before, after, text, clock)
+            report.save(work.path)
+            write_bytes(work.path / RECIPE_FILE, job.recipe.to_yaml().encode())
+        return team.from_first(report)
+
+
+def _settle(job: Prepared, device: torch.device, clock: _Clock) -> Prepared:
+    """Return the job with what can be known only by running the float model."""
     if job.recipe.rotate is not None:
-        rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, place)
+        rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, device)
         job = replace(job, checkpoint=rotated)
         clock.stage("rotate")
     if job.recipe.fallback and job.data is not None:
         plan = plan_with_fallback(
-            job.checkpoint, job.inventory, plan, job.recipe.fallback, job.data, place
+            job.checkpoint, job.inventory, job.plan, job.recipe.fallback, job.data, device
         )
+        job = replace(job, plan=plan)
         clock.stage("rank layers")
-    prints = _fingerprints(job, device, shard)
-    with resumable_dir(target, prints, resume=resume, overwrite=overwrite) as work:
-        staging = work.path
-        export = CheckpointExport(
-            staging,
-            FORMATS[plan.format],
-            model_type=plan.model_type,
-            group_size=plan.group_size,
-            max_shard_bytes=shard if plan.bytes_after > shard else None,
-        )
-        with export:
-            if job.blockwise and job.data is not None:
-                layers = run_blockwise(
-                    job.checkpoint,
-                    job.inventory,
-                    plan,
-                    job.recipe,
-                    job.data,
-                    export,
-                    place,
-                    work,
-                    held,
-                )
-            else:
-                layers = run_weights_only(job.checkpoint, job.inventory, plan, export, place, work)
-            _describe_tied_head(job, export)
-        clock.stage("quantize")
-        copy_side_files(job.checkpoint, staging, _config_changes(plan))
-        _verify(staging, plan)
-        clock.stage("verify")
-        after = _perplexity(staging, text, device, trust_remote_code)
-        clock.stage("evaluate quantized")
-        report = _report(job, plan, layers, staging, before, after, text, clock)
-        report.save(staging)
-        write_bytes(staging / RECIPE_FILE, job.recipe.to_yaml().encode())
-    return report
+    return job
 
 
-def _fingerprints(job: Prepared, device: str, shard: int) -> dict[str, str]:
+def _write(
+    job: Prepared,
+    export: CheckpointExport,
+    device: torch.device,
+    work: ResumableDir,
+    activation_bytes: int,
+    team: Team,
+) -> list[LayerReport]:
+    """Quantize and write the weights by the pipeline that the job needs."""
+    if not job.blockwise or job.data is None:
+        return run_weights_only(job.checkpoint, job.inventory, job.plan, export, device, work, team)
+    return run_blockwise(
+        job.checkpoint,
+        job.inventory,
+        job.plan,
+        job.recipe,
+        job.data.part(team.rank, team.size),
+        export,
+        device,
+        work,
+        activation_bytes,
+        team,
+    )
+
+
+def _fingerprints(job: Prepared, device: str, shard: int, team: Team) -> dict[str, str]:
     """Return what an interrupted run must have in common with the one that goes on with it."""
     files = {info.file for info in job.checkpoint.tensors.values()}
     versions = provenance(["slim-ptq", "torch", "transformers"])
-    settings = {"recipe": job.recipe.to_dict(), "device": device, "max_shard_bytes": shard}
+    settings = {
+        "recipe": job.recipe.to_dict(),
+        "device": device,
+        "max_shard_bytes": shard,
+        "processes": team.size,
+    }
     model = {
         "config": job.checkpoint.config,
         "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files),
@@ -249,17 +284,23 @@ def _verify(directory: Path, plan: Plan) -> None:
         )
 
 
-def _perplexity(
-    directory: Path, text: PathLike | None, device: str, trust_remote_code: bool
-) -> Perplexity | None:
-    if text is None:
-        return None
-    return evaluate_text(directory, text, device=device, trust_remote_code=trust_remote_code)
+@dataclass(frozen=True)
+class _Measure:
+    """How perplexity is measured, if it is."""
+
+    text: PathLike | None
+    device: str
+    trust_remote_code: bool
+
+    def perplexity(self, directory: Path) -> Perplexity | None:
+        if self.text is None:
+            return None
+        trust = self.trust_remote_code
+        return evaluate_text(directory, self.text, device=self.device, trust_remote_code=trust)
 
 
 def _report(
     job: Prepared,
-    plan: Plan,
     layers: list[LayerReport],
     staging: Path,
     before: Perplexity | None,
@@ -267,6 +308,7 @@ def _report(
     text: PathLike | None,
     clock: _Clock,
 ) -> Report:
+    plan = job.plan
     order = {layer.name: index for index, layer in enumerate(plan.layers)}
     report = Report(
         tool=f"slim-ptq {__version__}",

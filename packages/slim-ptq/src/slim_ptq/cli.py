@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -113,6 +114,8 @@ def quantize(
             activation_gib=activation_gib,
             trust_remote_code=trust_remote_code,
         )
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks for all
+            return
         if as_json:
             typer.echo(report.to_json())
             return

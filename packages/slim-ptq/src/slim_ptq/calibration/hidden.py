@@ -16,8 +16,6 @@ import torch
 from slim_core.errors import CheckpointError
 from slim_core.files import read_into
 
-_FILES = ("hidden-0.bin", "hidden-1.bin")
-
 
 class HiddenStates:
     """One tensor a batch of calibration data, replaced block by block.
@@ -30,6 +28,8 @@ class HiddenStates:
         Bytes up to which the tensors are held in memory.
     state : mapping, optional
         Of :meth:`save_state`: the tensors in the files count, not those that are appended.
+    name : str
+        First part of the names of the files.
     """
 
     def __init__(
@@ -37,8 +37,10 @@ class HiddenStates:
         folder: Path | None = None,
         limit: int = 0,
         state: Mapping[str, Any] | None = None,
+        name: str = "hidden",
     ) -> None:
         self._folder = folder
+        self._name = name
         self._limit = limit
         self._state = state
         self._current = 0 if state is None else int(state["current"])  # the file of the inputs
@@ -139,7 +141,7 @@ class HiddenStates:
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None
-        return self._folder / _FILES[number]
+        return self._folder / f"{self._name}.{number}.bin"
 
     def _open(self, number: int) -> IO[bytes]:
         descriptor = os.open(self._path(number), os.O_RDWR | os.O_CREAT, 0o600)

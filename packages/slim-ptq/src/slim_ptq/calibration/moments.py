@@ -14,6 +14,7 @@ from slim_core.groups import group_by
 from slim_core.numerics import check_finite
 from slim_ptq.calibration.samples import Sample, feed
 from slim_ptq.methods import LayerInputs, Needs
+from slim_ptq.parallel import Team
 
 _MOST_BYTES = 4 << 30  # of the moments of the layers that are watched in one pass
 
@@ -42,6 +43,16 @@ class Moments:
             self._sum = rows.T @ rows
         else:
             self._sum.addmm_(rows.T, rows)
+
+    def combine(self, team: Team) -> None:
+        """Become, in every process, the moments of the tokens of all of them."""
+        counts = team.gather((self._count, None if self._sum is None else self._sum.shape))
+        self._count = sum(count for count, _ in counts)
+        shape = next((shape for _, shape in counts if shape is not None), None)
+        self._inputs = None
+        if shape is not None:
+            own = torch.zeros(shape) if self._sum is None else self._sum
+            self._sum = team.sum_(own)
 
     def inputs(self) -> LayerInputs:
         """Return what methods see; the same object until more is added."""

@@ -63,6 +63,30 @@ class CalibrationData:
                 kept.append(batch[:room])
         return CalibrationData(tuple(kept), self.source)
 
+    def part(self, rank: int, size: int) -> CalibrationData:
+        """Return the windows that fall to one of ``size`` processes, in their order.
+
+        Raises
+        ------
+        CalibrationError
+            There are fewer windows than processes.
+        """
+        if size == 1:
+            return self
+        if self.rows < size:
+            raise CalibrationError(
+                f"{size} processes need {size} calibration windows, and there are {self.rows}"
+            )
+        start, stop = (self.rows * step // size for step in (rank, rank + 1))
+        kept: list[torch.Tensor] = []
+        first = 0
+        for batch in self.batches:
+            own = batch[max(start - first, 0) : max(stop - first, 0)]
+            first += batch.shape[0]
+            if own.shape[0]:
+                kept.append(own)
+        return CalibrationData(tuple(kept), self.source)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what the report says of it."""
         return {"source": self.source, "samples": self.rows, "tokens": self.tokens}

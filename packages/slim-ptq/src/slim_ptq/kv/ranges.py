@@ -47,6 +47,13 @@ class CacheRanges:
             for handle in handles:
                 handle.remove()
 
+    def merge(self, other: CacheRanges) -> None:
+        """Take in what another one has seen of the same layers."""
+        for name, low in other._low.items():
+            high = other._high[name]
+            self._low[name] = torch.minimum(low, self._low.get(name, low))
+            self._high[name] = torch.maximum(high, self._high.get(name, high))
+
     def params(
         self, source: CacheSource, scheme: TensorScheme, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -27,6 +28,12 @@ class Observer(ABC):
         for row in x:
             self.update(row)
 
+    def merge(self, other: Observer) -> None:
+        """Take in what another observer of the same kind has seen of later samples."""
+        if other.samples:
+            self.samples += other.samples
+            self._join(other)
+
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the low and high end of the range, float32, shape (1,).
 
@@ -45,6 +52,10 @@ class Observer(ABC):
     @abstractmethod
     def _add(self, x: torch.Tensor) -> None:
         """Take in one sample with elements."""
+
+    @abstractmethod
+    def _join(self, other: Any) -> None:
+        """Take in the samples of another observer of the same class, which has some."""
 
     @abstractmethod
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:

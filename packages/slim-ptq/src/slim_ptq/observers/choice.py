@@ -26,6 +26,11 @@ class AutoObserver(Observer):
         self._extremes.update(x)
         self._spread.update(x)
 
+    def _join(self, other: AutoObserver) -> None:
+        self._histogram.merge(other._histogram)
+        self._extremes.merge(other._extremes)
+        self._spread.merge(other._spread)
+
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         extreme = self._spread.value() > _EXTREME
         return self._extremes.bounds() if extreme else self._histogram.bounds()

@@ -44,6 +44,33 @@ class HistogramObserver(Observer):
         index = ((values - self._origin) / self._width).long().clamp_(0, self._bins - 1)
         self._counts += torch.bincount(index, minlength=self._bins).double().cpu()
 
+    def _join(self, other: HistogramObserver) -> None:
+        """Put every bin of another histogram where its middle lies."""
+        if other._width == 0.0:
+            self._add(torch.tensor([other._low]))
+            self._counts[self._bin(other._low)] += float(other._counts.sum()) - 1
+            return
+        low, high = min(self._low, other._low), max(self._high, other._high)
+        if self._width == 0.0:  # nothing so far, or one number
+            seen, at = float(self._counts.sum()), self._low
+            self._counts, self._origin, self._width = other._counts, other._origin, other._width
+            self._low, self._high = low, high
+            if seen:
+                self._cover(at, at)
+                self._counts[self._bin(at)] += seen
+            return
+        self._low, self._high = low, high
+        self._cover(other._low, other._high)
+        used = other._counts.nonzero().reshape(-1)
+        middles = other._origin + (used.double() + 0.5) * other._width
+        index = ((middles - self._origin) / self._width).long().clamp_(0, self._bins - 1)
+        self._counts.index_add_(0, index, other._counts[used])
+
+    def _bin(self, value: float) -> int:
+        if self._width == 0.0:
+            return 0
+        return min(max(int((value - self._origin) / self._width), 0), self._bins - 1)
+
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         total = float(self._counts.sum())
         if self._width == 0.0:

@@ -19,6 +19,10 @@ class MinMaxObserver(Observer):
         self._low = torch.minimum(low, self._low.to(low.device))
         self._high = torch.maximum(high, self._high.to(high.device))
 
+    def _join(self, other: MinMaxObserver) -> None:
+        self._low = torch.minimum(self._low, other._low.to(self._low.device))
+        self._high = torch.maximum(self._high, other._high.to(self._high.device))
+
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._low, self._high
 
@@ -41,6 +45,9 @@ class MeanMinMaxObserver(Observer):
 
     def _add(self, x: torch.Tensor) -> None:
         self._sums = self._sums.to(x.device) + torch.stack(torch.aminmax(x)).double()
+
+    def _join(self, other: MeanMinMaxObserver) -> None:
+        self._sums = self._sums + other._sums.to(self._sums.device)
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = (self._sums / self.samples).float()

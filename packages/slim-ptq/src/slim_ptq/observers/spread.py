@@ -30,6 +30,11 @@ class SpreadObserver(InputScore):
         self._peak = max(self._peak, float(high.max().abs()), float(low.min().abs()))
         self._std = max(self._std, float((values - (low + high)).std()))
 
+    def merge(self, other: SpreadObserver) -> None:
+        """Take in what another one has seen."""
+        self._peak = max(self._peak, other._peak)
+        self._std = max(self._std, other._std)
+
     def value(self) -> float:
         """Return the ratio; 0 if no sample came, infinite if all elements were equal."""
         if self._peak == 0.0:

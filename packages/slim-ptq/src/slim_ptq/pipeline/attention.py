@@ -78,7 +78,7 @@ class BlockAttention:
             ranges = CacheRanges(sources)
             with ranges.watching(block):
                 yield
-            self._write_caches(path, ranges)
+            self._write_caches(path, runner.team.merged(ranges))
         elif self._recipe.attention is not None:
             yield from self._measure_heads(runner, block, index, path)
         else:
@@ -144,9 +144,10 @@ class BlockAttention:
             quantizer.observe()
         yield
         for local, quantizer in found.items():
-            scales = {part: scale.cpu() for part, (scale, _) in quantizer.params().items()}
+            seen = runner.team.merged(quantizer)
+            scales = {part: scale.cpu() for part, (scale, _) in seen.params().items()}
             name = saved_module_name(block, local, self._renamer(path))
-            self._heads[name] = MeasuredHeads(quantizer.difficulty, scales)
+            self._heads[name] = MeasuredHeads(seen.difficulty, scales)
             if quantizer.hooked:
                 unhook(block.get_submodule(local))
 

@@ -22,6 +22,7 @@ from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.inventory import Inventory
 from slim_ptq.loading import load_on_use, load_parameters, unload_parameters
 from slim_ptq.memory import trim
+from slim_ptq.parallel import Team
 
 Watch = Callable[[torch.Tensor], None]
 
@@ -38,6 +39,8 @@ class BlockRunner:
         On which blocks run; on the CPU they compute in float32.
     hidden : HiddenStates, optional
         Where the hidden states between blocks are held: in memory if not given.
+    team : Team, optional
+        Processes that run the same blocks on other parts of the data.
 
     Raises
     ------
@@ -56,6 +59,7 @@ class BlockRunner:
         data: CalibrationData,
         device: torch.device,
         hidden: HiddenStates | None = None,
+        team: Team | None = None,
     ) -> None:
         if inventory.model is None:
             raise StructureError("the blocks of a model can run only if its code is known")
@@ -67,6 +71,7 @@ class BlockRunner:
         self.dtype = torch.float32 if device.type == "cpu" else dtype
         self._sequence_first = False
         self._looked = False
+        self.team = Team() if team is None else team
         self._hidden = HiddenStates() if hidden is None else hidden
         self._calls = self._capture(data)
         if self._hidden.is_resumed:

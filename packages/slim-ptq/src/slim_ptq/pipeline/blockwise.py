@@ -7,6 +7,7 @@ free.  The outputs of the float block are the inputs of the next one, so each bl
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -31,10 +32,18 @@ from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.inventory import Inventory
 from slim_ptq.observers import SpreadObserver
+from slim_ptq.parallel import Team
 from slim_ptq.pipeline.attention import BlockAttention
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.pipeline.inputs import by_block, score_inputs
-from slim_ptq.pipeline.quantizing import float_report, output_error, quantize_layer, write_layer
+from slim_ptq.pipeline.quantizing import (
+    Made,
+    float_report,
+    made_layer,
+    output_error,
+    quantize_layer,
+    write_layer,
+)
 from slim_ptq.pipeline.smoothing import BlockSmoother
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
 from slim_ptq.structure import bias_of, weight_of
@@ -53,6 +62,7 @@ def run_blockwise(
     device: torch.device,
     work: ResumableDir | None = None,
     activation_bytes: int = 0,
+    team: Team | None = None,
 ) -> list[LayerReport]:
     """Write the quantized checkpoint.
 
@@ -63,6 +73,9 @@ def run_blockwise(
         to it, and a state that is in it is taken up.  Without it everything is held in memory.
     activation_bytes : int
         Up to how many bytes hidden states stay in memory.
+    team : Team, optional
+        Processes that share the work; ``data`` is the part of this one, the others must call the
+        same with theirs.
 
     Raises
     ------
@@ -71,14 +84,16 @@ def run_blockwise(
     CalibrationError
         No token reached a layer that needs a range.
     """
+    team = Team() if team is None else team
     state = None if work is None else work.state
     hidden = HiddenStates(
         None if work is None else work.path,
         activation_bytes,
-        None if state is None else state["hidden"],
+        None if state is None else state["hidden"][team.rank],
+        name=f"hidden-{team.rank}",
     )
-    runner = BlockRunner(checkpoint, inventory, data, device, hidden)
-    job = _Job(checkpoint, inventory, plan, recipe, export)
+    runner = BlockRunner(checkpoint, inventory, data, device, hidden, team)
+    job = _Job(checkpoint, inventory, plan, recipe, export, team)
     start = 0
     if state is not None:
         start = state["blocks"]
@@ -89,15 +104,18 @@ def run_blockwise(
         with runner.loaded(index) as block:
             job.block(runner, block, index)
         if work is not None:
-            work.save(
-                {
-                    "blocks": index + 1,
-                    "job": job.save_state(),
-                    "export": export.save_state(),
-                    "hidden": hidden.save_state(),
-                }
-            )
-    job.rest()
+            saved = team.collect(hidden.save_state())
+            if team.is_first:
+                work.save(
+                    {
+                        "blocks": index + 1,
+                        "job": job.save_state(),
+                        "export": export.save_state(),
+                        "hidden": saved,
+                    }
+                )
+    if team.is_first:
+        job.rest()
     hidden.remove_files()
     return job.reports
 
@@ -141,7 +159,9 @@ class _Job:
         plan: Plan,
         recipe: Recipe,
         export: CheckpointExport,
+        team: Team,
     ) -> None:
+        self._team = team
         self._checkpoint = checkpoint
         self._inventory = inventory
         self._plan = plan
@@ -169,8 +189,9 @@ class _Job:
         watches = {name: stats.watch for name, stats in first_watchers(statistics).items()}
         with self._attention.watching(runner, block, index):
             runner.advance(block, index, watches)
-        for local, plan in quantized.items():
-            self._quantize(block.get_submodule(local), plan, statistics[local])
+        for seen in first_watchers(statistics).values():
+            seen.combine(self._team)
+        self._quantize(block, quantized, statistics)
         self._write_others(block, path, quantized)
         if self._smoother is not None:
             self._smoother.write(self._export, block, index)
@@ -214,7 +235,34 @@ class _Job:
         for local, plan in layers.items():
             check_finite(plan.name, "weight", weight_of(block.get_submodule(local)))
 
-    def _quantize(self, linear: nn.Module, plan: LayerPlan, statistics: InputStatistics) -> None:
+    def _quantize(
+        self,
+        block: nn.Module,
+        quantized: Mapping[str, LayerPlan],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        """Quantize the layers that fall to this process; the first one writes those of all."""
+        mine = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
+        made = {
+            local: self._make(block.get_submodule(local), plan, statistics[local])
+            for local, plan in quantized.items()
+            if local in mine
+        }
+        found = {local: item for part in self._team.collect(made) for local, item in part.items()}
+        for local, item in sorted(found.items(), key=lambda entry: list(quantized).index(entry[0])):
+            plan = quantized[local]
+            self.reports.append(
+                write_layer(
+                    self._export,
+                    plan,
+                    item,
+                    bytes_before=self._checkpoint.tensors[f"{plan.name}.weight"].nbytes,
+                    transposed=plan.name in self._inventory.transposed,
+                )
+            )
+            self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))
+
+    def _make(self, linear: nn.Module, plan: LayerPlan, statistics: InputStatistics) -> Made:
         started = time.perf_counter()
         weight = weight_of(linear)
         params = None
@@ -231,19 +279,8 @@ class _Job:
             input_params=params if plan.scheme.is_static else None,
         )
         seen = statistics.tokens
-        self.reports.append(
-            write_layer(
-                self._export,
-                plan,
-                layer,
-                bytes_before=self._checkpoint.tensors[f"{plan.name}.weight"].nbytes,
-                weight_error=error,
-                output_error=None if seen is None else output_error(layer, weight, seen),
-                started=started,
-                transposed=plan.name in self._inventory.transposed,
-            )
-        )
-        self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))
+        worse = None if seen is None else output_error(layer, weight, seen)
+        return made_layer(layer, error, worse, started)
 
     def _write_others(self, block: nn.Module, path: str, quantized: Iterable[str]) -> None:
         """Write the parameters of a block that stay in floating point, as they are now."""

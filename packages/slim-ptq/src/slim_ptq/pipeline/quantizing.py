@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,19 +80,34 @@ def quantize_weight(
     return replace(layer, notes=notes + layer.notes)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A layer that was quantized, on the CPU, and what that cost."""
+
+    layer: QuantizedLinear
+    weight_error: float
+    output_error: float | None
+    seconds: float
+
+
+def made_layer(
+    layer: QuantizedLinear, weight_error: float, output_error: float | None, started: float
+) -> Made:
+    """Return what :func:`write_layer` takes; ``started`` is a time of ``time.perf_counter``."""
+    seconds = time.perf_counter() - started
+    return Made(on_device(layer, _CPU), weight_error, output_error, seconds)
+
+
 def write_layer(
     export: CheckpointExport,
     plan: LayerPlan,
-    layer: QuantizedLinear,
+    made: Made,
     *,
     bytes_before: int,
-    weight_error: float,
-    output_error: float | None,
-    started: float,
     transposed: bool = False,
 ) -> LayerReport:
     """Write a layer to the checkpoint and return its line in the report."""
-    bytes_after = export.add_layer(on_device(layer, _CPU), transposed=transposed)
+    bytes_after = export.add_layer(made.layer, transposed=transposed)
     return LayerReport(
         name=plan.name,
         scheme=str(plan.scheme),
@@ -101,10 +116,10 @@ def write_layer(
         shape=plan.shape,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
-        weight_error=weight_error,
-        output_error=output_error,
-        seconds=time.perf_counter() - started,
-        notes=layer.notes,
+        weight_error=made.weight_error,
+        output_error=made.output_error,
+        seconds=made.seconds,
+        notes=made.layer.notes,
     )
 
 

@@ -105,6 +105,7 @@ class BlockSmoother:
         statistics = LinkStatistics(block, links, tokens=self._method.tokens, prefix=name)
         with statistics:
             runner.look(block, index)
+        statistics.of = {name: runner.team.merged(seen) for name, seen in statistics.of.items()}
         done, others = suppress_block(
             block,
             links,

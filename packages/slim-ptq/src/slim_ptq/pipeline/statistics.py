@@ -15,6 +15,7 @@ from slim_core.recipe import ObserverKind
 from slim_ptq.calibration.moments import Moments
 from slim_ptq.methods import LayerInputs, Needs, make_method
 from slim_ptq.observers import Observer, make_observer
+from slim_ptq.parallel import Team
 
 _KEPT_TOKENS = 256  # for the output error in the report
 
@@ -54,6 +55,15 @@ class InputStatistics:
             self.observer.update_rows(x)
         else:
             self.observer.update(x)
+
+    def combine(self, team: Team) -> None:
+        """Become, in every process, the statistics of the data of all of them."""
+        if team.size == 1:
+            return
+        self._moments.combine(team)
+        self.tokens = next((seen for seen in team.gather(self.tokens) if seen is not None), None)
+        if self.observer is not None:
+            self.observer = team.merged(self.observer)
 
     def inputs(self) -> LayerInputs:
         """Return what methods see of all batches so far; the same object until the next batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 
 from slim_core.checkpoint import Checkpoint
@@ -13,7 +14,15 @@ from slim_core.progress import track
 from slim_core.report import LayerReport
 from slim_core.resume import ResumableDir
 from slim_ptq.inventory import Inventory
-from slim_ptq.pipeline.quantizing import float_report, quantize_layer, read_bias, write_layer
+from slim_ptq.parallel import Team
+from slim_ptq.pipeline.quantizing import (
+    Made,
+    float_report,
+    made_layer,
+    quantize_layer,
+    read_bias,
+    write_layer,
+)
 from slim_ptq.tensors import from_numpy
 
 SAVE_SECONDS = 10.0  # between states: saving waits for the disk
@@ -26,9 +35,11 @@ def run_weights_only(
     export: CheckpointExport,
     device: torch.device,
     work: ResumableDir | None = None,
+    team: Team | None = None,
 ) -> list[LayerReport]:
     """Write the quantized checkpoint; holds one tensor at a time.
 
+    The processes of a team quantize tensors in turn, and the first one writes those of all.
     Every few seconds the state is saved to ``work``, if it is given; a state in it is taken up.
 
     Raises
@@ -36,45 +47,79 @@ def run_weights_only(
     NumericalError
         A weight has NaN or infinite elements; names the layer.
     """
-    layers = {f"{layer.name}.weight": layer for layer in plan.layers}
-    biases = {f"{name}.bias" for name in plan.quantized}
-    reports: list[LayerReport] = []
-    names = [name for _, shard in checkpoint.iter_shards() for name in shard if name not in biases]
+    team = Team() if team is None else team
+    job = _Weights(checkpoint, inventory, plan, export, device)
+    names = job.names()
     start = 0
     if work is not None and work.state is not None:
         start = work.state["tensors"]
-        reports = [LayerReport.from_dict(report) for report in work.state["reports"]]
+        job.reports = [LayerReport.from_dict(report) for report in work.state["reports"]]
         export.load_state(work.state["export"])
     saved = time.perf_counter()
-    todo = track(names[start:], "Quantizing weights", total=len(names), done=start)
-    for done, name in enumerate(todo, start):
-        if work is not None and time.perf_counter() - saved > SAVE_SECONDS:
-            plain = [report.to_dict() for report in reports]
+    steps = range(start, len(names), team.size)  # one tensor for each process
+    for done in track(steps, "Quantizing weights"):
+        if work is not None and team.is_first and time.perf_counter() - saved > SAVE_SECONDS:
+            plain = [report.to_dict() for report in job.reports]
             work.save({"tensors": done, "reports": plain, "export": export.save_state()})
             saved = time.perf_counter()
-        layer = layers.get(name)
+        now = names[done : done + team.size]
+        own = job.make(now[team.rank]) if team.rank < len(now) else None
+        for name, item in zip(now, team.collect(own), strict=False):
+            if item is not None:
+                job.write(name, item)
+    return job.reports
+
+
+class _Weights:
+    """What becomes of one tensor after the other."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inventory: Inventory,
+        plan: Plan,
+        export: CheckpointExport,
+        device: torch.device,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._transposed = inventory.transposed
+        self._plan = plan
+        self._export = export
+        self._device = device
+        self._layers = {f"{layer.name}.weight": layer for layer in plan.layers}
+        self.reports: list[LayerReport] = []
+
+    def names(self) -> list[str]:
+        """Return the tensors in the order of the files; biases go with their weights."""
+        biases = {f"{name}.bias" for name in self._plan.quantized}
+        shards = self._checkpoint.iter_shards()
+        return [name for _, shard in shards for name in shard if name not in biases]
+
+    def make(self, name: str) -> Made | np.ndarray:
+        """Return the quantized layer, or the tensor as it is stored."""
+        layer = self._layers.get(name)
         started = time.perf_counter()
-        array = checkpoint.load(name)
+        array = self._checkpoint.load(name)
         if layer is None or layer.scheme.is_float:
-            export.add_float(name, array.astype(checkpoint.tensors[name].dtype, copy=False))
-            if layer is not None:
-                reports.append(float_report(layer, checkpoint.tensors[name].nbytes))
-            continue
-        weight = from_numpy(array).to(device)
-        if layer.name in inventory.transposed:
+            return array.astype(self._checkpoint.tensors[name].dtype, copy=False)
+        weight = from_numpy(array).to(self._device)
+        if layer.name in self._transposed:
             weight = weight.T
-        bias = read_bias(checkpoint, layer.name)
-        quantized, error = quantize_layer(layer, weight, bias, model_dtype=plan.model_dtype)
-        reports.append(
-            write_layer(
-                export,
-                layer,
-                quantized,
-                bytes_before=checkpoint.tensors[name].nbytes,
-                weight_error=error,
-                output_error=None,
-                started=started,
-                transposed=layer.name in inventory.transposed,
-            )
-        )
-    return reports
+        bias = read_bias(self._checkpoint, layer.name)
+        dtype = self._plan.model_dtype
+        quantized, error = quantize_layer(layer, weight, bias, model_dtype=dtype)
+        return made_layer(quantized, error, None, started)
+
+    def write(self, name: str, item: Made | np.ndarray) -> None:
+        """Write what :meth:`make` returned, of this or of another process."""
+        layer = self._layers.get(name)
+        nbytes = self._checkpoint.tensors[name].nbytes
+        if isinstance(item, Made):
+            assert layer is not None  # narrowing: only planned layers are made
+            turned = layer.name in self._transposed
+            report = write_layer(self._export, layer, item, bytes_before=nbytes, transposed=turned)
+            self.reports.append(report)
+            return
+        self._export.add_float(name, item)
+        if layer is not None:
+            self.reports.append(float_report(layer, nbytes))

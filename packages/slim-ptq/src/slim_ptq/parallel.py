@@ -1,0 +1,146 @@
+"""Several processes on one job: calibration data and weight work are shared out among them.
+
+The processes are started by ``torchrun``, or by anything else that sets the environment variables
+``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from slim_core.errors import DeviceError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # one process may evaluate for hours; torchrun ends the others
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+class Mergeable(Protocol):
+    """Statistics of a part of the data."""
+
+    def merge(self, other: Any) -> None:
+        """Take in the statistics of a later part."""
+
+
+M = TypeVar("M", bound=Mergeable)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a job, seen from one of them; a lone process is a team of one.
+
+    Parameters
+    ----------
+    rank : int
+        Number of this process; process 0 reads the journal and writes the output.
+    size : int
+        Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank, in every process."""
+        if self.size == 1:
+            return [value]
+        found: list[T | None] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]
+
+    def collect(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank, in the first process; else nothing."""
+        if self.size == 1:
+            return [value]
+        found: list[T | None] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, found)
+        return [] if found is None else found  # type: ignore[return-value]
+
+    def from_first(self, value: T | None) -> T:
+        """Return in every process the value of the first one."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held)
+        return held[0]  # type: ignore[return-value]
+
+    def merged(self, statistics: M) -> M:
+        """Return in every process the statistics of all of them, in the order of the data."""
+        first, *others = self.gather(statistics)
+        for other in others:
+            first.merge(other)
+        return first
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add the tensors of all processes up, in place in each of them."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, costs: Mapping[str, int]) -> list[str]:
+        """Return the keys whose work falls to this process.
+
+        Parameters
+        ----------
+        costs : mapping of str to int
+            Of each piece of work, the same in all processes.
+        """
+        loads = [0] * self.size
+        mine = []
+        for key in sorted(costs, key=lambda name: (-costs[name], name)):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[key]
+            if rank == self.rank:
+                mine.append(key)
+        return mine
+
+
+@contextlib.contextmanager
+def team_of_environment(kind: str) -> Iterator[Team]:
+    """Join the processes that the environment tells of while the context is open.
+
+    Parameters
+    ----------
+    kind : str
+        ``cpu``, ``cuda`` or ``npu``: decides how tensors travel.
+
+    Raises
+    ------
+    DeviceError
+        The environment is incomplete, or the processes do not find one another.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Team()
+        return
+    if dist.is_initialized():  # by the program that calls
+        yield Team(dist.get_rank(), dist.get_world_size())
+        return
+    try:
+        dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise DeviceError(f"{size} processes cannot join: {error}") from error
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(name: str) -> str:
+    """Return the device of this process: ``cuda`` or ``npu`` with the local number of it."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"{name}:{local}" if local is not None and name in ("cuda", "npu") else name
