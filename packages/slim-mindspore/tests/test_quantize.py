@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from slim_core.dtypes import INT8
 from slim_core.errors import (
     CalibrationError,
     CheckpointError,
@@ -21,7 +20,7 @@ from slim_core.errors import (
 )
 from slim_core.numerics import affine_params, quantize_weight, weight_params
 from slim_core.packing import pack_int4
-from slim_core.scheme import Granularity, QuantScheme, TensorScheme
+from slim_core.scheme import QuantScheme
 from slim_core.verify import verify_checkpoint
 from slim_mindspore import (
     QuantizationConfig,
@@ -38,7 +37,6 @@ from slim_mindspore.hub import read_config
 from slim_mindspore.linears import cell_at, find_linears, weight_of
 from slim_mindspore.llama_config import LlamaConfig
 from slim_mindspore.load import read_quantized
-from slim_mindspore.methods.rounding import round_to_nearest
 from slim_mindspore.names import to_hugging_face
 from slim_mindspore.norms import smooth_into_norms
 from slim_mindspore.statistics import collect
@@ -479,22 +477,3 @@ def test_sparse_checkpoints_run_too(golden):
     content = read_quantized(golden / "quant.ckpt")
     assert len(content.layers) == 13
     assert content.layers["model.layers.1.attention.wo"].method == "sparse"
-
-
-@pytest.mark.oracle
-def test_the_installed_golden_stick_rounds_alike(shared_model):
-    """Against mindspore-gs itself, where an environment has it."""
-    golden_stick = pytest.importorskip(
-        "mindspore_gs.ptq.basic_quant_func",
-        reason="mindspore-gs is not installed; it pins a MindSpore of its own",
-    )
-    weight = parameters_of(shared_model)["model.layers.0.attention.wq.weight"]
-    scale, zero = golden_stick.cal_quantization_params(
-        weight.min(axis=1), weight.max(axis=1), -128, 127, symmetric=True
-    )
-    columns = (scale.reshape(-1, 1), zero.reshape(-1, 1))
-    theirs = golden_stick.quant_tensor_data(ms.Tensor(weight), *columns, -128, 127, data_axis=0)
-    scheme = TensorScheme(INT8, Granularity.PER_CHANNEL)
-    ours, our_scale, _ = round_to_nearest("wq", weight, scheme, "golden_stick")
-    np.testing.assert_allclose(our_scale[:, 0], scale.asnumpy().reshape(-1), rtol=1e-6)
-    np.testing.assert_array_equal(ours, theirs.asnumpy())
