@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slim_core.groups import type_group
 from slim_core.recipe import Recipe
 from slim_ptq import LayerSelector, QuantConfig, analyze, load_model, quantize
 from slim_ptq.analysis import Analysis, Metric, Sensitivity
+from slim_ptq.analysis.plot import save_plot
 from slim_ptq.analysis.ranking import as_python, as_yaml
 from slim_ptq.analysis.show import render_analysis
 from slim_ptq.calibration.text import CalibrationData
@@ -211,6 +213,17 @@ class TestShown:
         assert values["disable_names"] == ["n.0.x", "n.1.x"]
         assert [group["rank"] for group in values["groups"]] == list(range(1, 13))
         assert json.loads(json.dumps(values)) == values
+
+    @pytest.mark.parametrize("suffix", ["html", "png"])
+    def test_infinite_scores(self, tmp_path: Path, suffix: str) -> None:
+        """The input of a layer may be constant."""
+        first, *rest = self.analysis.groups
+        analysis = replace(self.analysis, groups=(replace(first, score=math.inf), *rest))
+        assert analysis.to_dict(1)["groups"][0]["score"] is None
+        if suffix == "png":
+            pytest.importorskip("matplotlib")
+        save_plot(analysis, 3, tmp_path / f"plot.{suffix}")
+        assert (tmp_path / f"plot.{suffix}").stat().st_size > 1000
 
 
 class TestCommand:

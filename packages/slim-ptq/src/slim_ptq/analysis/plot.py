@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from slim_core.errors import InvalidValueError, MissingDependencyError
@@ -51,7 +52,8 @@ def save_plot(analysis: Analysis, count: int, path: PathLike) -> None:
     shown = analysis.top(count)[::-1]
     figure = Figure(figsize=(8, 0.8 + 0.25 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh([item.group for item in shown], [item.score for item in shown])
+    finite = max((item.score for item in shown if math.isfinite(item.score)), default=1.0)
+    axes.barh([item.group for item in shown], [min(item.score, finite) for item in shown])
     axes.set_xlabel(f"{analysis.metric.value}: {MEANINGS[analysis.metric]}", fontsize=8)
     axes.set_title(f"{analysis.model}, {analysis.scheme}", fontsize=10)
     axes.tick_params(labelsize=8)

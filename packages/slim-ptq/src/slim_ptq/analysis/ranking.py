@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -102,7 +103,10 @@ class Analysis:
         return [name for group in self.top(count) for name in _listed(group.modules)]
 
     def to_dict(self, count: int) -> dict[str, Any]:
-        """Return plain values for JSON; the lists of names are those of the first groups."""
+        """Return plain values for JSON; the lists of names are those of the first groups.
+
+        A score that is infinite, that of a constant input, is None.
+        """
         return {
             "model": self.model,
             "scheme": self.scheme,
@@ -115,7 +119,7 @@ class Analysis:
                     "group": item.group,
                     "layers": list(item.layers),
                     "scheme": item.scheme,
-                    "score": item.score,
+                    "score": item.score if math.isfinite(item.score) else None,
                     "perplexity": item.perplexity,
                 }
                 for rank, item in enumerate(self.groups, 1)
