@@ -1,9 +1,12 @@
 """Files: what may be read, and writing that is complete or did not happen."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,6 +298,70 @@ def test_a_failed_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
         (stage / "x").write_text("new")
     assert content(target) == {"old": "old"}
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_stage_is_removed_by_the_next_run_and_a_living_one_is_not(tmp_path):
+    code = (
+        "import sys, time\nfrom slim_core.files import staged_dir\n"
+        "with staged_dir(sys.argv[1]) as stage:\n"
+        "    (stage / 'x').write_text('half')\n"
+        "    (stage / 'x').chmod(0o400)\n"
+        "    print(stage, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    stages = []
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / name], stdout=subprocess.PIPE, text=True
+        )
+        for name in ("out", "out", "other")
+    ]
+    try:
+        stages = [Path(run.stdout.readline().strip()) for run in runs]
+        assert all(stage.is_dir() for stage in stages)
+        for number in (0, 2):
+            runs[number].kill()
+            runs[number].wait()
+        with staged_dir(tmp_path / "out") as stage:
+            (stage / "x").write_text("new")
+        assert content(tmp_path / "out") == {"x": "new"}
+        # The dead one of this output is gone; a living one, and one of another output, are not.
+        assert [stage.is_dir() for stage in stages] == [False, True, True]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+            run.stdout.close()
+
+
+def test_a_stage_that_vanishes_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def vanish(descriptor, operation):
+        flock(descriptor, operation)
+        calls.append(operation)
+        if len(calls) == 1:
+            (stage,) = tmp_path.iterdir()
+            stage.rmdir()
+
+    monkeypatch.setattr("slim_core.files.fcntl.flock", vanish)
+    with staged_dir(tmp_path / "out") as stage:
+        (stage / "x").write_text("new")
+    assert len(calls) == 2
+    assert content(tmp_path / "out") == {"x": "new"}
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def refuse(_descriptor, _operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    abandoned = tmp_path / ".out.0123abcd.tmp"
+    abandoned.mkdir()
+    monkeypatch.setattr("slim_core.files.fcntl.flock", refuse)
+    with staged_dir(tmp_path / "out") as stage:
+        (stage / "x").write_text("new")
+    assert content(tmp_path / "out") == {"x": "new"}
+    assert abandoned.is_dir()  # nobody can know that it is abandoned
 
 
 def test_output_directories_are_checked_before_any_work(tmp_path):

@@ -8,10 +8,12 @@ final name.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import json
 import os
 import pwd
+import re
 import secrets
 import shutil
 import stat
@@ -25,6 +27,8 @@ MODE_DIR = 0o750
 MODE_WEIGHTS = 0o400
 MODE_PRIVATE = 0o600
 MODE_SHARED = 0o640
+
+_NAME_KEPT = 60  # characters of a name in that of its temporary: at most 240 bytes in UTF-8
 
 PathLike = str | os.PathLike[str]
 
@@ -161,6 +165,7 @@ def staged_dir(path: PathLike, *, overwrite: bool = False, mode: int = MODE_DIR)
     """Fill a temporary directory that takes the name ``path`` once the block ends.
 
     If the block raises, the temporary directory is removed, and what stood under ``path`` stays.
+    A temporary directory that a killed run left is removed by the next one for the same ``path``.
 
     Raises
     ------
@@ -170,17 +175,59 @@ def staged_dir(path: PathLike, *, overwrite: bool = False, mode: int = MODE_DIR)
     # Resolved: a path like "." has no name to put a temporary directory beside.
     final = check_output_dir(path, overwrite=overwrite).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(final, "tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        sync_dir(temporary)
-        swap_in(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    _remove_abandoned(final)
+    with _staging_beside(final) as temporary:
+        try:
+            yield temporary
+            temporary.chmod(mode)
+            sync_dir(temporary)
+            swap_in(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     sync_dir(final.parent)
+
+
+@contextlib.contextmanager
+def _staging_beside(final: Path) -> Iterator[Path]:
+    """Make a directory and lock it, until the block ends or the system ends the process."""
+    while True:
+        temporary = _beside(final, "tmp")
+        temporary.mkdir()
+        with _locked_dir(temporary, wait=True):
+            if temporary.exists():  # else another run took it for abandoned, before the lock
+                yield temporary
+                return
+
+
+@contextlib.contextmanager
+def _locked_dir(directory: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a directory; False if another has it or the file system knows no locks."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove the staging directories of ``final`` whose process is gone."""
+    pattern = re.compile(re.escape(f".{final.name[:_NAME_KEPT]}.") + r"[0-9a-f]{8}\.tmp")
+    for entry in list(final.parent.iterdir()):
+        if not pattern.fullmatch(entry.name):
+            continue
+        with _locked_dir(entry, wait=False) as locked:
+            if locked:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def check_output_dir(path: PathLike, *, overwrite: bool = False) -> Path:
@@ -245,7 +292,7 @@ def _names_another(error: OSError, file: Path) -> bool:
 
 def _beside(final: Path, suffix: str) -> Path:
     """Return a hidden name in the same directory; a file name can have 255 bytes."""
-    return final.with_name(f".{final.name[:60]}.{secrets.token_hex(4)}.{suffix}")
+    return final.with_name(f".{final.name[:_NAME_KEPT]}.{secrets.token_hex(4)}.{suffix}")
 
 
 def swap_in(temporary: Path, final: Path) -> None:
