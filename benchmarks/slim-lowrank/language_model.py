@@ -3,8 +3,9 @@
     python benchmarks/slim-lowrank/language_model.py
 
 Decomposes the Linear layers of the decoder blocks of ``examples/tiny-llama`` and, where a folder
-``shared`` lies beside the repository, of the models and on the texts there.  Every step keeps the
-same share of the weights of these layers.  Calibration and evaluation text do not overlap.
+``shared`` with held-out text lies beside the repository, of ``examples/tiny-bloom`` and on that
+text.  Every step keeps the same share of the weights of these layers.  Calibration and evaluation
+text do not overlap.
 """
 
 # ruff: noqa: E402 - the number of threads is read when BLAS is loaded
@@ -16,8 +17,11 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import argparse
 import copy
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +79,7 @@ def steps(model: Any, train: Any, include: list[str]) -> dict[str, Callable[[flo
 
 
 def run_model(name: str, folder: Path, texts: tuple[Path, Path]) -> dict[str, Any]:
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = load_pretrained(folder).float()
     train, test = split_windows(tokenizer, *texts)
@@ -86,7 +91,7 @@ def run_model(name: str, folder: Path, texts: tuple[Path, Path]) -> dict[str, An
         "dense_perplexity": perplexity(model, test),
         "curves": {},
     }
-    print(f"{name}: dense {result['dense_perplexity']:.3f}", flush=True)
+    print(f"{name:25} {'dense':26} {result['dense_perplexity']:10.3f}", flush=True)
     for title, step in steps(model, train, [block]).items():
         points = []
         for share in SHARES:
@@ -95,7 +100,8 @@ def run_model(name: str, folder: Path, texts: tuple[Path, Path]) -> dict[str, An
             point = {"kept_of_layers": share, "parameters": weights}
             points.append(point | {"perplexity": perplexity(small, test)})
         result["curves"][title] = points
-        print(f"{title:26}", *(f"{point['perplexity']:10.3f}" for point in points), flush=True)
+        figures = " ".join(f"{point['perplexity']:10.3f}" for point in points)
+        print(f"{name:25} {title:26} {figures}", flush=True)
     return result
 
 
@@ -114,25 +120,33 @@ def tokens(batches: Any) -> int:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at the same time")
+    arguments = parser.parse_args()
     examples = ROOT / "examples"
     llama = examples / "tiny-llama"
-    jobs = [("tiny-llama, own text", llama, (examples / "calib.jsonl", examples / "eval.txt"))]
+    own = examples / "calib.jsonl", examples / "eval.txt"
+    jobs: list[tuple[Any, ...]] = [("tiny-llama, own text", llama, own)]
     held_out = SHARED / "data" / "public_domain_test.txt"
     if held_out.exists():
-        jobs.append(("tiny-llama", llama, (held_out, held_out)))
-        jobs.append(("tiny-bloom", SHARED / "models" / "tiny-bloom", (held_out, held_out)))
+        for model, folder in (("tiny-llama", llama), ("tiny-bloom", examples / "tiny-bloom")):
+            jobs.append((model, folder, (held_out, held_out)))
     else:
-        print("no ../shared: tiny-bloom and the held-out text are left out")
+        print("no ../shared: the held-out text, and with it tiny-bloom, is left out")
     RESULTS.mkdir(exist_ok=True)
-    for name, folder, texts in jobs:
-        result = run_model(name, folder, texts)
-        slug = name.replace(", ", "-").replace(" ", "-")
-        result = {"command": "python benchmarks/slim-lowrank/language_model.py", **result}
-        write_json(RESULTS / f"language_model-{slug}.json", result, 0o644)
-        path = RESULTS / f"language_model-{slug}.svg"
-        plot_curves(result, path)
-        path.chmod(0o644)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=spawn) as pool:
+        for result in pool.map(run_model, *zip(*jobs, strict=True)):
+            write_result(result)
+
+
+def write_result(result: dict[str, Any]) -> None:
+    slug = result["model"].replace(", ", "-").replace(" ", "-")
+    result = {"command": "python benchmarks/slim-lowrank/language_model.py", **result}
+    write_json(RESULTS / f"language_model-{slug}.json", result, 0o644)
+    path = RESULTS / f"language_model-{slug}.svg"
+    plot_curves(result, path)
+    path.chmod(0o644)
 
 
 if __name__ == "__main__":

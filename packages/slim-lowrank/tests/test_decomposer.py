@@ -13,6 +13,7 @@ from slim_core.errors import (
     PlanError,
 )
 from slim_lowrank import Budget, Decomposer, count_parameters
+from slim_lowrank.calibrate import collect
 
 
 def cross_entropy(output, batch):
@@ -175,6 +176,51 @@ def test_gradients_can_serve_the_budget_alone():
     assert by_energy.table == bare.budget(0.5).table
     with pytest.raises(InvalidValueError, match="needs a loss"):
         Decomposer(net).calibrate([x], method="loss")
+
+
+def drifting(count, decay, drift):
+    """Inputs whose energy wanders over the directions from the first row to the last."""
+    scales = torch.arange(1, 97) ** -decay
+    steps = torch.linspace(0, drift, count).long()
+    rows = torch.randn(count, 96) * torch.stack([scales.roll(int(step)) for step in steps])
+    return rows @ torch.linalg.qr(torch.randn(96, 96)).Q
+
+
+def test_shrinkage_goes_from_the_calibration_to_the_plain_weight():
+    torch.manual_seed(0)
+    net = nn.Linear(96, 96, bias=False)
+    steady, wandering = drifting(4000, 1.0, 0), drifting(4000, 0.5, 40)
+
+    def decomposed(data, **options):
+        return Decomposer(net, divisor=1).calibrate([data], **options).fixed(24).apply()[0]
+
+    def weight(model):
+        return model[1].weight @ model[0].weight
+
+    plain = Decomposer(net, divisor=1).fixed(24).apply()[0]
+    torch.testing.assert_close(
+        weight(decomposed(steady, shrinkage=1e6)), weight(plain), atol=1e-3, rtol=0
+    )
+    shares = {}
+    for name, data in (("steady", steady), ("wandering", wandering)):
+        calibrated = Decomposer(net, divisor=1).calibrate(data.split(500), shrinkage="auto")
+        entry = calibrated.statistics[""]
+        assert entry.first_half is None  # not kept once the choice is made
+        shares[name] = entry.shrinkage
+    assert shares["steady"] < shares["wandering"] == 0.3
+    for wrong, error in ((-0.1, InvalidValueError), ("most", InvalidTypeError)):
+        with pytest.raises(error, match="shrinkage"):
+            Decomposer(net).calibrate([steady], shrinkage=wrong)
+
+
+def test_first_half_of_the_batches():
+    """Whatever the batches: half of the positions, the first ones, and the middle batch shared."""
+    net = nn.Linear(8, 8)
+    x = torch.randn(90, 8)
+    for sizes in ([90], [45, 45], [30, 30, 30], [10] * 9):
+        entry = collect(net, [""], x.split(sizes), halves=True)[""]
+        assert entry.first_rows == 45
+        torch.testing.assert_close(entry.first_half, x[:45].T @ x[:45])
 
 
 def test_wide_outputs_keep_a_scalar_gradient(monkeypatch):

@@ -27,6 +27,7 @@ def collect(
     max_batches: int | None = None,
     loss: Loss | None = None,
     forward: Callable[[Any], Any] | None = None,
+    halves: bool = False,
 ) -> dict[str, Statistics]:
     """Run the model over batches and return the statistics of the named layers.
 
@@ -48,6 +49,8 @@ def collect(
         ``loss(output, batch)`` gives the scalar loss; with it, gradients are collected.
     forward : callable, optional
         Runs one batch in place of calling the model.
+    halves : bool
+        Keep the second moments of the first half of the batches, too.
 
     Raises
     ------
@@ -60,14 +63,15 @@ def collect(
     """
     data = read_batches(batches, max_batches)
     layers = find_layers(model)
-    watches = [Watch(layers[name], gradients=loss is not None) for name in names]
+    watches = [Watch(layers[name], gradients=loss is not None, halves=halves) for name in names]
     run = forward or (lambda batch: run_batch(model, batch))
     with evaluating(model), watching(watches):
         with torch.no_grad():
             run(data[0])
         share_inputs(watches)
-        for batch in track(data, "calibrating"):
-            _step(run, batch, watches, loss)
+        for index, batch in enumerate(track(data, "calibrating")):
+            early = min(max(len(data) / 2 - index, 0.0), 1.0)
+            _step(run, batch, watches, loss, early)
     return {watch.layer.name: watch.statistics() for watch in watches}
 
 
@@ -162,11 +166,15 @@ def token_mask(batch: Any) -> Tensor | None:
 
 
 def _step(
-    run: Callable[[Any], Any], batch: Any, watches: Sequence[Watch], loss: Loss | None
+    run: Callable[[Any], Any],
+    batch: Any,
+    watches: Sequence[Watch],
+    loss: Loss | None,
+    early: float,
 ) -> None:
     mask = token_mask(batch)
     for watch in watches:
-        watch.begin(mask)
+        watch.begin(mask, early)
     if loss is None:
         with torch.no_grad():
             run(batch)

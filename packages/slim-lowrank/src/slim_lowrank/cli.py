@@ -95,6 +95,12 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         help="what to keep: weights, outputs, or the loss (default: loss with --calib, else plain)",
     )
     parser.add_argument(
+        "--shrinkage",
+        default="1e-4",
+        help="how little to trust the calibration text: a number, or auto to find it on a part "
+        "of the text held out (default: 1e-4)",
+    )
+    parser.add_argument(
         "--sequential", action="store_true", help="later layers make up for earlier ones"
     )
     parser.add_argument("--storage", choices=("factors", "pivot"), default="factors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
@@ -137,7 +137,8 @@ class _Job:
         self.decomposer = Decomposer(self.model, **self.choices)
         if method != "plain" or arguments.sequential:
             loss = output_loss if method == "loss" else None
-            self.decomposer.calibrate(calibration, loss=loss)
+            shrinkage = _shrinkage(arguments.shrinkage)
+            self.decomposer.calibrate(calibration, loss=loss, shrinkage=shrinkage)
         self.title = f"{method}, budget" + (", sequential" if arguments.sequential else "")
 
     def point(self, plan: Plan, share: float, sequential: bool) -> dict[str, float]:
@@ -163,6 +164,15 @@ def _windows(arguments: Namespace, path: str, samples: int | None) -> list[dict[
     batches = token_windows(tokenizer, path, length=arguments.length, samples=samples)
     device = _device(arguments.device)
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+
+
+def _shrinkage(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidValueError(f"--shrinkage must be a number or auto, not {text!r}") from None
 
 
 def _device(name: str) -> torch.device:

@@ -81,8 +81,9 @@ def decompose_in_order(
             seen = found.get(layer.name)
             if seen is None:
                 return solve(layer, ranks)
-            gamma = statistics[layer.name].gamma
-            factors = solve_with_data(layer, ranks, replace(seen, gamma=gamma))
+            known = statistics[layer.name]
+            seen = replace(seen, gamma=known.gamma, shrinkage=known.shrinkage)
+            factors = solve_with_data(layer, ranks, seen)
             errors[layer.name] = factors.error
             return factors
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
+from torch import Tensor
 
 from slim_lowrank import conv_forms
 from slim_lowrank.build import Factors, source_bias
@@ -43,6 +44,12 @@ class Statistics:
     ridge : float
         How firmly the sequential update holds on to the weight, in units of the mean input
         energy; infinity switches it off.
+    shrinkage : float
+        Share of the mean input energy that every input gets; large values trust the calibration
+        less, and infinity would be the plain weight.
+    first_half : Tensor, optional
+        fp32 ``(f, f)``: sum of ``x x^T`` over the first ``first_rows`` positions, where kept.
+    first_rows : int
     positions : tuple of int
         Positions per batch at the input, halfway (vertical stride done) and at the output.
     """
@@ -58,6 +65,9 @@ class Statistics:
     target_mean: Array | None = None
     target_energy: float = 0.0
     ridge: float = SHRINKAGE
+    shrinkage: float = SHRINKAGE
+    first_half: Tensor | None = None
+    first_rows: int = 0
     positions: tuple[int, int, int] = (1, 1, 1)
 
     def damped_gamma(self) -> Array | None:
@@ -165,7 +175,7 @@ def matrix_problem(layer: Layer, statistics: Statistics, *, centred: bool) -> Ma
         if layer.kind == "embedding":
             output = _smoothed(weight, _required(output), statistics.rows)
         return MatrixProblem(weight, output=output, gamma=gamma, name=name)
-    second = shrink(_required(statistics.input_second), SHRINKAGE)
+    second = shrink(_required(statistics.input_second), statistics.shrinkage)
     second = _required(_centre(second, statistics.input_mean, centred))
     if statistics.target is not None:
         weight = _compensated(weight, statistics, second, centred)

@@ -63,9 +63,11 @@ class Watch:
         The layer to watch.
     gradients : bool
         Whether to collect the gradients of the outputs, too.
+    halves : bool
+        Whether to keep the moments of the first half of the inputs, too.
     """
 
-    def __init__(self, layer: Layer, *, gradients: bool) -> None:
+    def __init__(self, layer: Layer, *, gradients: bool, halves: bool = False) -> None:
         self.layer = layer
         self.width = feature_width(layer)
         self.outputs = int(layer.shape[1] if layer.kind == "embedding" else layer.shape[0])
@@ -74,6 +76,10 @@ class Watch:
         self.gradient_energy = 0.0
         self.gamma = Moments(self.outputs) if gradients and self.outputs <= GRADIENT_LIMIT else None
         self.moments: Moments | None = None
+        self.halves = halves
+        self.first_half: Tensor | None = None
+        self.first_rows = 0
+        self._early = 1.0
         self.leader: Watch = self
         self.trial: list[Tensor] = []
         self.batches = 0
@@ -102,10 +108,15 @@ class Watch:
         self.trial.clear()
         if self.leader is self:
             self.moments = Moments(self.outputs if self.width is None else self.width)
+            if self.halves and self.width is not None:
+                self.first_half = torch.zeros(self.width, self.width)
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Announce a batch and which of its ``(batch, length)`` positions count."""
-        self._mask = mask
+    def begin(self, mask: Tensor | None, early: float = 1.0) -> None:
+        """Announce a batch, which of its ``(batch, length)`` positions count, and its half.
+
+        ``early`` is the share of the positions that belong to the first half.
+        """
+        self._mask, self._early = mask, early
         self.batches += 1
 
     def statistics(self) -> Statistics:
@@ -129,6 +140,9 @@ class Watch:
             result.output_mean, result.output_second = moments.mean(), moments.second()
         else:
             result.input_mean, result.input_second = moments.mean(), moments.second()
+            if 0 < self.leader.first_rows < moments.rows:
+                result.first_half = self.leader.first_half
+                result.first_rows = self.leader.first_rows
         result.gradient = self.gradient_energy / self.outputs / max(self.batches, 1)
         if self.gamma is not None and self.gamma.rows:
             result.gamma = self.gamma.second() * (self.gamma.rows / self.batches)
@@ -141,6 +155,13 @@ class Watch:
         elif self.width is not None and self.moments is not None:
             for rows in input_rows(self.layer, x, self._mask):
                 self.moments.add(rows)
+                self._add_early(rows[: int(self._early * len(rows))])
+
+    def _add_early(self, rows: Tensor) -> None:
+        if self.first_half is not None and len(rows):
+            rows = wide(rows)
+            self.first_half += (rows.T @ rows).float().cpu()
+            self.first_rows += len(rows)
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         if not self._started:
