@@ -51,14 +51,12 @@ METHODS: dict[str, Any] = {
     "signround": "signround",
 }
 SCHEMES = [
-    (8, 0, True),
     (4, 0, True),
     (4, 32, False),
     (3, 0, True),
-    (3, 32, False),
     (2, 32, False),
 ]
-WINDOWS = 16  # of 512 tokens, of each text: the differences are between the same windows
+WINDOWS = 8  # of 512 tokens, of each text: the differences are between the same windows
 
 
 def main() -> None:

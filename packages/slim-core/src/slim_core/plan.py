@@ -193,15 +193,8 @@ def build_plan(
     sizes = sorted({layer.scheme.group_size for layer in layers if layer.scheme.group_size})
     if len(sizes) > 1:
         problems.append(f"the description holds one group size, the recipe asks for {sizes}")
-    if not calibrated and any(layer.scheme.is_static for layer in layers):
-        problems.append("static activation schemes need calibration data, and there is none")
-    if not calibrated and (recipe.kv_cache or recipe.attention) is not None:
-        problems.append("int8 caches and attention need calibration data, and there is none")
     if not calibrated:
-        unfed = {str(layer.method) for layer in layers if layer.needs_data}
-        problems += [
-            f"method {method} needs calibration data, and there is none" for method in sorted(unfed)
-        ]
+        problems += _without_data(layers, recipe)
     if not linears:
         problems.append("the model has no linear layer in a decoder block")
     elif (
@@ -216,6 +209,16 @@ def build_plan(
         raise PlanError(problems)
     warnings = (*_warnings(layers, form, model_dtype), *_attention_warnings(recipe))
     return Plan(layers, model_dtype, form.name, bytes_before, warnings)
+
+
+def _without_data(layers: tuple[LayerPlan, ...], recipe: Recipe) -> Iterable[str]:
+    """Yield what cannot be done without calibration data."""
+    if any(layer.scheme.is_static for layer in layers):
+        yield "static activation schemes need calibration data, and there is none"
+    if (recipe.kv_cache or recipe.attention) is not None:
+        yield "int8 caches and attention need calibration data, and there is none"
+    for method in sorted({str(layer.method) for layer in layers if layer.needs_data}):
+        yield f"method {method} needs calibration data, and there is none"
 
 
 def dynamic_variant(scheme: QuantScheme) -> QuantScheme:
