@@ -1,9 +1,11 @@
 """Against mindspore-gs itself, where an environment has it.
 
-mindspore-gs pins a MindSpore of its own and imports mindformers; an environment for this file is
-``pip install mindspore==2.7.1.post1 mindformers==1.7.0 tqdm``, then ``pip install --no-deps
-mindspore-gs==1.2.0``, then this package and what it needs.
+mindspore-gs pins a MindSpore of its own and imports mindformers.  An environment for this file:
+``pip install mindspore==2.7.1.post1 mindformers==1.7.0 tqdm prettytable matplotlib``, then
+``pip install --no-deps mindspore-gs==1.2.0``, then this package and what it needs.
 """
+
+import importlib.util
 
 import mindspore as ms
 import numpy as np
@@ -26,8 +28,9 @@ ASYM4 = TensorScheme(INT4, Granularity.PER_GROUP, symmetric=False, group_size=64
 
 @pytest.fixture(scope="module")
 def golden_stick():
-    reason = "mindspore-gs is not installed; it pins a MindSpore of its own"
-    return pytest.importorskip("mindspore_gs.ptq.basic_quant_func", reason=reason)
+    if importlib.util.find_spec("mindspore_gs") is None:
+        pytest.skip("mindspore-gs is not installed; it pins a MindSpore of its own")
+    return importlib.import_module("mindspore_gs.ptq.basic_quant_func")
 
 
 @pytest.fixture(scope="module")
