@@ -20,8 +20,8 @@ from slim_core.validate import check_choice, check_int, check_str_list, check_ty
 from slim_ptq.attention.names import attention_tensors
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.norm_entries import FloatTensor, norm_entries
-from slim_ptq.structure import is_linear
 from slim_ptq.offload import resident
+from slim_ptq.structure import is_linear
 from slim_ptq.tensors import from_numpy, to_numpy
 from slim_ptq.transforms import has_added_bias, wrapped_norms
 
