@@ -12,7 +12,7 @@ import numpy as np
 from slim_core.attention_types import announcements
 from slim_core.checkpoint import ShardWriter
 from slim_core.files import write_json
-from slim_core.formats import Format
+from slim_core.formats import FloatFormat, Format
 from slim_core.layers import QuantizedLinear
 
 
@@ -68,7 +68,7 @@ class CheckpointExport:
             Quantized weights are (out, in) all the same, as engines read them.
         """
         tensors = self._form.encode(layer)
-        if transposed and self._form.description_file("") is None:
+        if transposed and isinstance(self._form, FloatFormat):
             tensors["weight"] = np.ascontiguousarray(tensors["weight"].T)
         types = self._form.entries(layer, tensors)
         for local, array in tensors.items():

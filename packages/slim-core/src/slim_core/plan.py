@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slim_core.engines import reader_warnings
 from slim_core.errors import PatternError, PlanError
-from slim_core.formats import FORMATS, Format
+from slim_core.formats import ASCEND_FORMATS, FORMATS, Format
 from slim_core.groups import group_by, is_expert, is_router
 from slim_core.matching import match_all
 from slim_core.method import MINMAX, MethodRules, MethodSpec, OnlyMinMax
@@ -312,7 +312,7 @@ def _attention_warnings(recipe: Recipe) -> Iterable[str]:
 
 
 def _warnings(layers: tuple[LayerPlan, ...], form: Format, model_dtype: str) -> Iterable[str]:
-    if form.name == "float":
+    if form.name not in ASCEND_FORMATS:
         return
     yield from reader_warnings({layer.name: layer.scheme for layer in layers}, model_dtype)
     changed = [layer for layer in layers if layer.reason == "experts have no static kernel"]

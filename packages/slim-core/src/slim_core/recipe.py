@@ -33,7 +33,7 @@ from pydantic import (
 
 from slim_core.errors import RecipeError, SlimError
 from slim_core.files import PathLike, check_input_file
-from slim_core.formats import FORMATS
+from slim_core.formats import ASCEND_FORMATS, FORMATS
 from slim_core.method import MethodSpec
 from slim_core.scheme import QuantScheme
 from slim_core.validate import check_choice
@@ -211,8 +211,8 @@ class Recipe(_Strict):
     def _one_of_cache_and_attention(self) -> Recipe:
         if self.kv_cache is not None and self.attention is not None:
             raise ValueError("kv_cache and attention exclude each other")
-        if self.format == "float" and (self.kv_cache or self.attention) is not None:
-            raise ValueError("the float format holds no quantized kv_cache or attention")
+        if self.format not in ASCEND_FORMATS and (self.kv_cache or self.attention) is not None:
+            raise ValueError(f"the {self.format} format holds no quantized kv_cache or attention")
         return self
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from slim_core.checkpoint import copy_side_files, open_checkpoint
-from slim_core.errors import FormatError
+from slim_core.errors import FormatError, InvalidValueError
 from slim_core.export import CheckpointExport, NoExport
 from slim_core.files import (
     PathLike,
@@ -22,7 +22,8 @@ from slim_core.files import (
     check_output_dir,
     write_bytes,
 )
-from slim_core.formats import FORMATS
+from slim_core.formats import ASCEND_FORMATS, FORMATS
+from slim_core.formats.foreign import ForeignFormat
 from slim_core.plan import Plan
 from slim_core.provenance import fingerprint, provenance
 from slim_core.recipe import Recipe
@@ -41,6 +42,8 @@ from slim_ptq.quality import evaluate_text
 from slim_ptq.rotation import rotate_checkpoint
 
 RECIPE_FILE = "slim_recipe.yaml"
+
+_DEFECT = "this is a defect of slim; the output directory was not made"
 
 _GIB = 1 << 30
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes but on macOS
@@ -142,12 +145,15 @@ def quantize(
         batch=batch,
         trust_remote_code=trust_remote_code,
     )
+    _check_foreign(job, text)
+    _config_changes(job.plan)  # or the format cannot hold such a mixture: said before long work
     clock.stage("plan")
     with team_of_environment(place.type) as team:
         measure = _Measure(text if team.is_first else None, device, trust_remote_code)
         before = measure.perplexity(job.checkpoint.path)
         clock.stage("evaluate float")
         job = _settle(job, place, clock)
+        config_changes = _config_changes(job.plan)
         prints = _fingerprints(job, device.partition(":")[0], shard, team)
         if not team.is_first:
             begun: tuple[Path, dict[str, Any] | None] = team.from_first(None)
@@ -167,7 +173,7 @@ def quantize(
                 layers = _write(job, export, place, work, held, team)
                 _describe_tied_head(job, export)
             clock.stage("quantize")
-            copy_side_files(job.checkpoint, work.path, _config_changes(job.plan))
+            copy_side_files(job.checkpoint, work.path, config_changes)
             _verify(work.path, job.plan)
             clock.stage("verify")
             after = measure.perplexity(work.path)
@@ -255,9 +261,33 @@ class _Clock:
         self._last = now
 
 
-def _config_changes(plan: Plan) -> dict[str, str]:
-    """Return what MindIE wants to find in the configuration beside the ``safe_tensor`` layout."""
-    return {"quantize": plan.model_type.lower()} if plan.format == "safe_tensor" else {}
+def _check_foreign(job: Prepared, text: PathLike | None) -> None:
+    """Require of a format of another tool what only its own code could do otherwise.
+
+    Raises
+    ------
+    InvalidValueError
+        Its quality is to be measured, or the model keeps transposed weights.
+    """
+    form = FORMATS[job.plan.format]
+    if not isinstance(form, ForeignFormat):
+        return
+    if text is not None:
+        raise InvalidValueError(
+            f"text cannot be measured in the {form.name} format, which other tools run",
+            hint="measure the same recipe in the ascend_v1 format: it has the same integers",
+        )
+    if job.inventory.transposed:
+        raise InvalidValueError(
+            f"format {form.name} holds no transposed weights, as those of "
+            f"{next(iter(sorted(job.inventory.transposed)))} are"
+        )
+
+
+def _config_changes(plan: Plan) -> dict[str, Any]:
+    """Return what readers of the format look for in the configuration."""
+    schemes = {layer.name: layer.scheme for layer in plan.layers}
+    return FORMATS[plan.format].config_changes(plan.model_type, schemes)
 
 
 def _describe_tied_head(job: Prepared, export: CheckpointExport) -> None:
@@ -268,20 +298,49 @@ def _describe_tied_head(job: Prepared, export: CheckpointExport) -> None:
         return
     path = next(path for path, module in model.named_modules() if module is head)
     name = job.inventory.rename(f"{path}.weight")
-    if name not in job.checkpoint.tensors and job.plan.format != "float":
+    if name not in job.checkpoint.tensors and job.plan.format in ASCEND_FORMATS:
         export.describe(name, "FLOAT")
 
 
 def _verify(directory: Path, plan: Plan) -> None:
+    """Read back what was written.
+
+    Raises
+    ------
+    FormatError
+        It is not what readers of the format expect.
+    """
+    form = FORMATS[plan.format]
     if plan.format == "float":
+        return
+    if form.description_file(plan.model_type) is None:
+        _verify_layers(directory, plan)
         return
     found = verify_checkpoint(directory)
     if not found.sound:
         listed = "".join(f"\n  - {problem}" for problem in found.problems)
-        raise FormatError(
-            f"what was written does not pass verification:{listed}",
-            hint="this is a defect of slim; the output directory was not made",
-        )
+        raise FormatError(f"what was written does not pass verification:{listed}", hint=_DEFECT)
+
+
+def _verify_layers(directory: Path, plan: Plan) -> None:
+    """Decode every layer of a checkpoint that no description file lists."""
+    checkpoint = open_checkpoint(directory)
+    for layer in plan.layers:
+        if layer.scheme.is_float:
+            continue
+        inside = f"{layer.name}."
+        tensors = {
+            name.removeprefix(inside): checkpoint.load(name)
+            for name in checkpoint.tensors
+            if name.startswith(inside)
+        }
+        found = FORMATS[plan.format].decode(layer.name, layer.scheme, tensors, plan.model_dtype)
+        if tuple(found.codes.shape) != layer.shape:
+            raise FormatError(
+                f"{layer.name} was written with shape {tuple(found.codes.shape)}, "
+                f"not {layer.shape}",
+                hint=_DEFECT,
+            )
 
 
 @dataclass(frozen=True)

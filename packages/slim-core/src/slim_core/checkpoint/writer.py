@@ -50,8 +50,8 @@ class ShardWriter:
     -----
     Files have hidden temporary names until :meth:`close`.  A failed write removes them and raises
     OSError naming the file; so does leaving the ``with`` block by an exception, with no file
-    touched that was there before.  Once a state was saved, they stay instead.  ``close`` replaces an earlier output of the same prefix,
-    including shards that the new one does not have.
+    touched that was there before.  Once a state was saved, they stay instead.  ``close`` replaces
+    an earlier output of the same prefix, including shards that the new one does not have.
 
     At most 64 MiB of tensors are buffered, whatever the size of the file.
     """

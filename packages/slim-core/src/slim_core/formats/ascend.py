@@ -102,6 +102,10 @@ class SafeTensorFormat(Format):
         """Return ``quant_model_description_<type>.json``."""
         return f"quant_model_description_{self.type_name(model_type).lower()}.json"
 
+    def config_changes(self, model_type: str, layers: Mapping[str, QuantScheme]) -> dict[str, Any]:
+        """Return what MindIE wants to find in the configuration."""
+        return {"quantize": self.type_name(model_type).lower()}
+
     def description(self, model_type: str, group_size: int) -> dict[str, Any]:
         """Return the one key that MindIE reads here."""
         return {"model_quant_type": self.type_name(model_type)}
@@ -112,6 +116,10 @@ class AscendV1Format(SafeTensorFormat):
 
     name: ClassVar[str] = "ascend_v1"
     packed: ClassVar[bool] = True
+
+    def config_changes(self, model_type: str, layers: Mapping[str, QuantScheme]) -> dict[str, Any]:
+        """Return nothing: the description file says it all."""
+        return {}
 
     def type_name(self, ascend_type: str) -> str:
         """Return the type as it is."""

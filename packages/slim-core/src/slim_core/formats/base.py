@@ -63,6 +63,21 @@ class Format(ABC):
         """Return the keys of the description that are not names of tensors."""
         return {}
 
+    def config_changes(self, model_type: str, layers: Mapping[str, QuantScheme]) -> dict[str, Any]:
+        """Return the top-level keys of ``config.json`` that readers of this format look for.
+
+        Parameters
+        ----------
+        layers : mapping
+            Scheme of every linear layer of the blocks by its name, float ones included.
+
+        Raises
+        ------
+        FormatError
+            The format cannot hold these schemes beside one another.
+        """
+        return {}
+
     def type_name(self, ascend_type: str) -> str:
         """Return what this format calls an Ascend type."""
         return ascend_type

@@ -11,6 +11,7 @@ from torch import nn
 from slim_core.checkpoint import Checkpoint
 from slim_core.errors import NumericalError
 from slim_core.export import CheckpointExport
+from slim_core.formats import ASCEND_FORMATS
 from slim_core.logging import get_logger
 from slim_core.matching import match_all
 from slim_core.plan import LayerPlan, Plan
@@ -113,7 +114,7 @@ class BlockSmoother:
             self._method,
             {local: plan.scheme for local, plan in layers.items()},
             prefix=name,
-            can_add=self._plan.format != "float",
+            can_add=self._plan.format in ASCEND_FORMATS,
             stored={link.source: self._stored(f"{name}.{link.source}.weight") for link in links},
         )
         for item in (*left, *others):
