@@ -34,7 +34,8 @@ def dequantize(path: PathLike, output: PathLike, *, overwrite: bool = False) -> 
     stored = QuantizedCheckpoint(path)
     extras = stored.norm_extras
     for name in extras:
-        if name.endswith(".bias") and stored.checkpoint.load(name).any():
+        copied = name.endswith(".module.bias")
+        if name.endswith(".bias") and not copied and stored.checkpoint.load(name).any():
             raise FormatError(f"{name} shifts a norm, which the float model has no place for")
     done = {name for layer in stored.layers for name in stored.tensor_names(layer)}
     done |= extras | stored.attention_tensors
