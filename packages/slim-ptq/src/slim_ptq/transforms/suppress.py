@@ -36,7 +36,7 @@ class SuppressedLink:
     shifted : bool
         Whether the middle of each channel was taken off as well.
     unshifted : str
-        Why it was not, if the method asked for it.
+        Why it was not, if the method asked for it and the source is a norm.
     """
 
     kind: LinkKind
@@ -109,8 +109,9 @@ def suppress_block(
         readers = [Reader(weight_of(linears[name]), schemes[name]) for name in names]
         for name, reader in zip(names, readers, strict=True):
             check_finite(f"{prefix}.{name}".lstrip("."), "weight", reader.weight)
-        unshifted = _why_not_shifted(block, link, schemes, can_add) if method.shift else ""
-        shift = stats.midrange if method.shift and not unshifted else None
+        wanted = method.shift and link.kind is LinkKind.NORM_LINEAR
+        unshifted = _why_not_shifted(block, link, schemes, can_add) if wanted else ""
+        shift = stats.midrange if wanted and not unshifted else None
         if shift is not None:
             stats = stats.moved(torch.ones_like(shift), shift)
         scales = method.scales(link, stats, readers)
