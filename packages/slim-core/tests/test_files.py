@@ -282,7 +282,23 @@ def test_a_failed_stage_keeps_what_was_there(tmp_path, error):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def without_exchange(*_names):
+    return False
+
+
+def test_a_directory_is_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr("slim_core.files._exchange", without_exchange)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with staged_dir(target, overwrite=True) as stage:
+        (stage / "x").write_text("new")
+    assert content(target) == {"x": "new"}
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_failed_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("slim_core.files._exchange", without_exchange)
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")

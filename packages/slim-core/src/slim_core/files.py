@@ -300,6 +300,9 @@ def swap_in(temporary: Path, final: Path) -> None:
     if not final.exists():
         temporary.rename(final)
         return
+    if _exchange(temporary, final):
+        shutil.rmtree(temporary)
+        return
     previous = _beside(final, "old")
     final.rename(previous)
     try:
@@ -308,3 +311,14 @@ def swap_in(temporary: Path, final: Path) -> None:
         previous.rename(final)
         raise
     shutil.rmtree(previous)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step, so that no kill finds one missing; False if that cannot be."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, glibc 2.28
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
