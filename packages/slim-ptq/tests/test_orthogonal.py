@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slim_ptq.rotation.orthogonal import Orthogonal, paley_one, paley_two
+from slim_ptq.orthogonal import Orthogonal, paley_one, paley_two
 
 SIZES = [1, 2, 3, 12, 20, 28, 48, 64, 96, 128, 148 * 4, 896, 1536, 172]
 

@@ -78,7 +78,7 @@ class HiddenStates:
         if self._state["nbytes"] != self.nbytes or size < self.nbytes:
             raise CheckpointError(f"{path} does not hold the {self.nbytes} bytes that were saved")
         if self._held is not None:
-            self._held = [self._read(index) for index in range(len(self))]
+            self._held = [self._read(index, self._current) for index in range(len(self))]
             self._next = list(self._held)
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class HiddenStates:
     def __getitem__(self, index: int) -> torch.Tensor:
         if self._held is not None:
             return self._held[index]
-        return self._read(index)
+        return self._read(index, self._current)
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +113,12 @@ class HiddenStates:
             self._next[index] = tensor
         else:
             self._write(1 - self._current, index, tensor)
+
+    def output(self, index: int) -> torch.Tensor:
+        """Return what was put for a batch and is not visible yet."""
+        if self._held is not None:
+            return self._next[index]
+        return self._read(index, 1 - self._current)
 
     def advance(self) -> None:
         """Make the outputs the inputs of the next block."""
@@ -150,10 +156,10 @@ class HiddenStates:
     def _start(self, index: int) -> int:
         return sum(tensor.nbytes for tensor in self._like[:index])
 
-    def _read(self, index: int) -> torch.Tensor:
+    def _read(self, index: int, number: int) -> torch.Tensor:
         tensor = torch.empty_like(self._like[index], device="cpu")
         view = tensor.view(-1).view(torch.uint8).numpy().data
-        read_into(self._path(self._current), self._start(index), view)
+        read_into(self._path(number), self._start(index), view)
         return tensor.to(self._device)
 
     def _write(self, number: int, index: int, tensor: torch.Tensor) -> None:

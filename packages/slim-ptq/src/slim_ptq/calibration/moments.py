@@ -23,7 +23,7 @@ class Moments:
     """Mean square or mean of ``x xᵀ`` over all tokens that were added, in float32."""
 
     def __init__(self, needs: Needs) -> None:
-        self._needs = needs
+        self._needs = needs & ~Needs.BLOCK
         self._count = 0
         self._sum: torch.Tensor | None = None
         self._inputs: LayerInputs | None = None
@@ -92,7 +92,7 @@ def model_inputs(
     CalibrationError
         The model cannot run on a sample.
     """
-    wanted = [name for name in linears if needs.get(name, Needs.NONE)]
+    wanted = [name for name in linears if needs.get(name, Needs.NONE) & ~Needs.BLOCK]
     chunk: dict[str, list[str]] = {}
     size = 0
     for group, members in group_by(wanted, "input").items():

@@ -1,12 +1,16 @@
 """Methods that turn a float weight into codes, each a pure function in a file of its own."""
 
 from slim_ptq.methods.base import LayerInputs, Needs, Parts, WeightMethod
+from slim_ptq.methods.flatquant import FlatQuant
+from slim_ptq.methods.learned import LearnedTransform
 from slim_ptq.methods.minmax import MinMax, quantize_minmax, relative_error
 from slim_ptq.methods.registry import METHODS, PtqMethods, make_method
 
 __all__ = [
     "METHODS",
+    "FlatQuant",
     "LayerInputs",
+    "LearnedTransform",
     "MinMax",
     "Needs",
     "Parts",

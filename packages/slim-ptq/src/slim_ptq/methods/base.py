@@ -16,6 +16,7 @@ import torch
 from slim_core.kronecker import identity_transforms
 from slim_core.layers import QuantizedLinear
 from slim_core.scheme import QuantScheme, TensorScheme, Variant
+from slim_ptq.methods.learned import LearnedTransform
 
 
 class Needs(Flag):
@@ -24,6 +25,7 @@ class Needs(Flag):
     NONE = 0
     MOMENTS = auto()  # mean square of every input channel
     HESSIAN = auto()  # mean of x xᵀ
+    BLOCK = auto()  # what was learned with the other layers of its decoder block
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,8 @@ class LayerInputs:
         mean squared output error with respect to a row of the weight.
     moments : torch.Tensor, optional
         float32, shape (in,): the mean of ``x**2``, the diagonal of ``hessian``.
+    learned : LearnedTransform, optional
+        Of FlatQuant, if the block of the layer was trained.
     memo : dict
         What methods have computed of these inputs alone, for the layers that share them.
     """
@@ -48,6 +52,7 @@ class LayerInputs:
     count: int
     hessian: torch.Tensor | None = None
     moments: torch.Tensor | None = None
+    learned: LearnedTransform | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 

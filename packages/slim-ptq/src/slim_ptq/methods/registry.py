@@ -12,6 +12,7 @@ from slim_core.scheme import QuantScheme, Variant
 from slim_core.validate import did_you_mean
 from slim_ptq.methods.base import Needs, WeightMethod
 from slim_ptq.methods.clip import Clip
+from slim_ptq.methods.flatquant import FlatQuant
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.methods.hqq import HQQ
 from slim_ptq.methods.minmax import MinMax
@@ -19,10 +20,13 @@ from slim_ptq.methods.signround import SignRound
 from slim_ptq.methods.sparse import Sparse
 from slim_ptq.methods.ssz import SSZ
 
-SPARSE = MethodSpec(Sparse.name)
+_DEFAULTS = {
+    Variant.SPARSE: MethodSpec(Sparse.name),
+    Variant.FLATQUANT: MethodSpec(FlatQuant.name),
+}
 
 METHODS: dict[str, type[Any]] = {
-    method.name: method for method in (MinMax, Clip, SSZ, HQQ, GPTQ, SignRound, Sparse)
+    method.name: method for method in (MinMax, Clip, SSZ, HQQ, GPTQ, SignRound, Sparse, FlatQuant)
 }
 
 
@@ -57,7 +61,7 @@ class PtqMethods:
 
     def default(self, scheme: QuantScheme) -> MethodSpec:
         """Return the method of a layer for which the recipe names none."""
-        return SPARSE if scheme.variant is Variant.SPARSE else MINMAX
+        return _DEFAULTS.get(scheme.variant, MINMAX)
 
     def problem(self, method: MethodSpec, scheme: QuantScheme) -> str | None:
         """Return why a method cannot be made, or cannot quantize to a scheme, None if it can."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from slim_core.checkpoint import Checkpoint
 from slim_core.errors import NumericalError, StructureError
+from slim_ptq.calibration.block_samples import BlockSamples
 from slim_ptq.calibration.capture import (
     BlockCalls,
     capture_calls,
@@ -96,6 +97,15 @@ class BlockRunner:
         """Return the arguments of a block for the first batch."""
         calls = self._calls[0]
         return (self._hidden[0], *calls.args[index]), calls.kwargs[index]
+
+    def samples(self, block: nn.Module, index: int) -> BlockSamples:
+        """Return the inputs of a block and what it gave for them before its weights were edited.
+
+        :meth:`look` runs it first, unless it was called for this block.
+        """
+        if not self._looked:
+            self.look(block, index)
+        return BlockSamples(index, self._calls, self._hidden)
 
     def look(self, block: nn.Module, index: int) -> None:
         """Run a block on all batches for what hooks see of it, before its weights are edited.

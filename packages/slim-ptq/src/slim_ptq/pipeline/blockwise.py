@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from slim_core.checkpoint import Checkpoint
+from slim_core.errors import InvalidValueError
 from slim_core.export import CheckpointExport
 from slim_core.logging import get_logger
 from slim_core.numerics import check_finite
@@ -30,7 +31,9 @@ from slim_core.scheme import FLOAT
 from slim_ptq.calibration.hidden import HiddenStates
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.fallback import SAMPLES, choose_fallback
+from slim_ptq.flatquant import train_block
 from slim_ptq.inventory import Inventory
+from slim_ptq.methods import FlatQuant, LearnedTransform, make_method
 from slim_ptq.observers import SpreadObserver
 from slim_ptq.parallel import Team
 from slim_ptq.pipeline.attention import BlockAttention
@@ -46,7 +49,8 @@ from slim_ptq.pipeline.quantizing import (
 )
 from slim_ptq.pipeline.smoothing import BlockSmoother
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
-from slim_ptq.structure import bias_of, weight_of
+from slim_ptq.structure import bias_of, trace_block, weight_of
+from slim_ptq.structure.norms import is_norm_like
 from slim_ptq.tensors import from_numpy, to_numpy
 
 _log = get_logger("ptq")
@@ -85,6 +89,7 @@ def run_blockwise(
         No token reached a layer that needs a range.
     """
     team = Team() if team is None else team
+    _check_alone(plan, team)
     state = None if work is None else work.state
     hidden = HiddenStates(
         None if work is None else work.path,
@@ -149,6 +154,15 @@ def plan_with_fallback(
     )
 
 
+def _check_alone(plan: Plan, team: Team) -> None:
+    trained = [p for p in plan.quantized.values() if p.method.name == FlatQuant.name]
+    if trained and team.size > 1:
+        raise InvalidValueError(
+            f"method {trained[0].method} trains each block in one process, not in {team.size}",
+            hint="start it without torchrun",
+        )
+
+
 class _Job:
     """The state of one run."""
 
@@ -185,13 +199,14 @@ class _Job:
         self._check_weights(block, layers)
         if self._smoother is not None:
             self._smoother.smooth(runner, block, index, layers)
+        learned = self._train(runner, block, index, quantized)
         statistics = block_statistics(quantized, self._recipe.observer)
         watches = {name: stats.watch for name, stats in first_watchers(statistics).items()}
         with self._attention.watching(runner, block, index):
             runner.advance(block, index, watches)
         for seen in first_watchers(statistics).values():
             seen.combine(self._team)
-        self._quantize(block, quantized, statistics)
+        self._quantize(block, quantized, statistics, learned)
         self._write_others(block, path, quantized)
         if self._smoother is not None:
             self._smoother.write(self._export, block, index)
@@ -235,16 +250,43 @@ class _Job:
         for local, plan in layers.items():
             check_finite(plan.name, "weight", weight_of(block.get_submodule(local)))
 
+    def _train(
+        self, runner: BlockRunner, block: nn.Module, index: int, quantized: Mapping[str, LayerPlan]
+    ) -> dict[str, LearnedTransform]:
+        """Train the transforms of a block, if a method of its layers wants that."""
+        methods = {local: make_method(plan.method) for local, plan in quantized.items()}
+        trained = {local: m for local, m in methods.items() if isinstance(m, FlatQuant)}
+        if not trained:
+            return {}
+        name = self._inventory.blocks[index]
+        samples = runner.samples(block, index)
+        stored = {
+            local: self._as_stored(self._inventory.rename(f"{name}.{local}.weight"), module.weight)
+            for local, module in block.named_modules()
+            if is_norm_like(module)
+        }
+        return train_block(
+            name,
+            block,
+            trace_block(block, *runner.example(index)),
+            trained,
+            samples,
+            stored={local: tensor.dtype for local, tensor in stored.items()},
+        )
+
     def _quantize(
         self,
         block: nn.Module,
         quantized: Mapping[str, LayerPlan],
         statistics: Mapping[str, InputStatistics],
+        learned: Mapping[str, LearnedTransform],
     ) -> None:
         """Quantize the layers that fall to this process; the first one writes those of all."""
         mine = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
         made = {
-            local: self._make(block.get_submodule(local), plan, statistics[local])
+            local: self._make(
+                block.get_submodule(local), plan, statistics[local], learned.get(local)
+            )
             for local, plan in quantized.items()
             if local in mine
         }
@@ -262,7 +304,13 @@ class _Job:
             )
             self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))
 
-    def _make(self, linear: nn.Module, plan: LayerPlan, statistics: InputStatistics) -> Made:
+    def _make(
+        self,
+        linear: nn.Module,
+        plan: LayerPlan,
+        statistics: InputStatistics,
+        learned: LearnedTransform | None,
+    ) -> Made:
         started = time.perf_counter()
         weight = weight_of(linear)
         params = None
@@ -275,7 +323,9 @@ class _Job:
             weight,
             None if bias is None else self._as_stored(f"{plan.name}.bias", bias),
             model_dtype=self._plan.model_dtype,
-            inputs=statistics.inputs(),
+            inputs=statistics.inputs()
+            if learned is None
+            else replace(statistics.inputs(), learned=learned),
             input_params=params if plan.scheme.is_static else None,
         )
         seen = statistics.tokens

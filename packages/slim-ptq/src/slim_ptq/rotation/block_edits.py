@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from slim_core.errors import StructureError
-from slim_ptq.rotation.orthogonal import Orthogonal
+from slim_ptq.orthogonal import Orthogonal
 from slim_ptq.structure import BlockTrace, Link, LinkKind, NormForm, find_linears, weight_of
 from slim_ptq.structure.linears import is_conv1d
 

@@ -16,9 +16,9 @@ from slim_core.progress import track
 from slim_core.recipe import Rotate
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.inventory import Inventory
+from slim_ptq.orthogonal import Orthogonal
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.rotation.block_edits import BlockEdits
-from slim_ptq.rotation.orthogonal import Orthogonal
 from slim_ptq.structure import NormForm, trace_block
 from slim_ptq.structure.norms import is_norm_like, norm_form
 from slim_ptq.structure.proof import run_block
