@@ -223,6 +223,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_sweep_draws(tmp_path, capsys):
     data = ("--calib", CALIB, "--eval", EVAL, "--length", 128, "--samples", 16, "--eval-samples", 4)
+    data += ("--shrinkage", "auto")
     assert run("sweep", LLAMA, tmp_path / "curve.svg", *data, "--kept", 0.8, 0.5) == 0
     result = json.loads((tmp_path / "curve.json").read_text())
     for points in result["curves"].values():
@@ -248,6 +249,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         (("decompose", LLAMA, "OUT", "--budget", 0.5, "--exclude", "nothing"), "nothing"),
         (("decompose", LLAMA, "OUT", "--budget", 0.001), "least possible cost"),
         (("decompose", LLAMA, "OUT", "--budget", 0.5, "--device", "tpu"), "tpu"),
+        (("decompose", LLAMA, "OUT", "--budget", 0.5, "--shrinkage", "much"), "--shrinkage"),
         (("decompose", LLAMA, LLAMA, "--budget", 0.5), "not empty"),
         (("sweep", LLAMA, "OUT.pdf", "--eval", EVAL), ".svg or .png"),
         (("merge", LLAMA, "OUT"), "not a decomposed model"),

@@ -119,6 +119,7 @@ class _Job:
             raise InvalidValueError(
                 "--calib is needed for --sequential and for every --method but plain"
             )
+        shrinkage = _shrinkage(arguments.shrinkage)
         self.arguments = arguments
         device = _device(arguments.device)
         self.evaluation = (
@@ -137,7 +138,6 @@ class _Job:
         self.decomposer = Decomposer(self.model, **self.choices)
         if method != "plain" or arguments.sequential:
             loss = output_loss if method == "loss" else None
-            shrinkage = _shrinkage(arguments.shrinkage)
             self.decomposer.calibrate(calibration, loss=loss, shrinkage=shrinkage)
         self.title = f"{method}, budget" + (", sequential" if arguments.sequential else "")
 
