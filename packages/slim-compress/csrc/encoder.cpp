@@ -8,8 +8,9 @@
 namespace slc1 {
 namespace {
 
-// Codes of eleven bits and an escape byte for each byte of a tile.
-constexpr std::size_t kMaxPayload = kMaxTileBytes * kMaxCodeBits / 8 + kMaxTileBytes + 1024;
+// A payload that is about to outgrow its tile, and one part more.
+constexpr std::size_t kMaxPart = kMaxTileBytes / kStreams * kMaxCodeBits / 8 + 1;
+constexpr std::size_t kPayloadRoom = kMaxTileBytes + kMaxPart + kWriteSlack;
 
 class Encoder {
  public:
@@ -46,7 +47,7 @@ class Encoder {
   void encode_all(Output& output) {
     parallel_for(grid_.tiles(), options_.threads, [&] {
       return [&, bytes = std::vector<std::uint8_t>(kMaxTileBytes + kWriteSlack),
-              payload = std::vector<std::uint8_t>(kMaxPayload)](
+              payload = std::vector<std::uint8_t>(kPayloadRoom)](
                  std::size_t tile) mutable {
         encode_tile(tile, bytes.data(), payload.data(), output);
       };
@@ -95,14 +96,15 @@ class Encoder {
     output.put(tile, chosen, length);
   }
 
-  // Writes the HUF payload of a tile and returns its size.
+  // Writes the HUF payload of a tile and returns its size; `size` or more if it does not shrink.
   std::size_t encode_huf(const std::uint8_t* bytes, std::size_t size, std::uint8_t* payload) const {
     constexpr unsigned kLengthBits = 13;
     const std::size_t part = size / kStreams;
     const std::size_t step = sampled_ ? 4 : 1;
     const EncodeTable* table[kStreams];
     std::uint8_t* next = payload + 2 * kStreams;
-    for (std::size_t s = 0; s < kStreams; ++s) {
+    auto length_so_far = [&] { return static_cast<std::size_t>(next - payload); };
+    for (std::size_t s = 0; s < kStreams && length_so_far() < size; ++s) {
       const std::uint8_t choice = picker_.pick(bytes + s * part, part, step);
       table[s] = &encode_tables_[choice];
       std::uint8_t* const end = kernels().encode_part(*table[s], bytes + s * part, part, next);
@@ -110,11 +112,11 @@ class Encoder {
       store(payload + 2 * s, static_cast<std::uint16_t>(length | unsigned{choice} << kLengthBits));
       next = end;
     }
-    for (std::size_t s = 0; s < kStreams; ++s) {
+    for (std::size_t s = 0; s < kStreams && length_so_far() < size; ++s) {
       if (table[s]->escapes.empty) continue;
       next = kernels().collect_escapes(table[s]->escapes, bytes + s * part, part, next);
     }
-    return static_cast<std::size_t>(next - payload);
+    return length_so_far();
   }
 
   std::vector<std::uint8_t> make_index(std::size_t weight_size) {

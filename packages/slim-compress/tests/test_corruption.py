@@ -51,11 +51,34 @@ def test_every_bit_of_the_index_with_the_checksum_made_right(stream):
     assert accepted == 0
 
 
-def test_random_bits_of_the_payload(stream, instruction_set):
+# Over all parameters of the tests below: streams, instruction sets.
+RANDOM_BITS = 100_000
+RANDOM_TABLES = 100_000
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["huf", "nib"])
+def test_random_bits_of_the_payload(fast, sparse, instruction_set):
+    matrix = sparse(40, 300)  # two tiles
+    weight, index, info = compress(matrix, fast=fast)
+    rng = np.random.default_rng(len(instruction_set))
+    tiles = set()
+    count = -(-RANDOM_BITS // (2 * len(_native.instruction_sets())))
+    for position in rng.integers(0, 8 * weight.size, count):
+        bit = np.uint8(1 << position % 8).view(np.int8)
+        weight[position // 8] ^= bit
+        error = attempt(matrix, weight, index, info)
+        weight[position // 8] ^= bit
+        assert error is not None
+        tiles.add(error.tile)
+    assert tiles == {0, 1, None}  # None: the guard
+    assert attempt(matrix, weight, index, info) is None
+
+
+def test_bits_of_large_tiles(stream, instruction_set):
     matrix, (weight, index, info) = stream
     rng = np.random.default_rng(0)
     tiles = set()
-    for position in rng.integers(0, 8 * weight.size, 4000):
+    for position in rng.integers(0, 8 * weight.size, 500):
         bad = weight.copy()
         bad[position // 8] ^= np.int8(np.uint8(1 << position % 8).view(np.int8))
         error = attempt(matrix, bad, index, info)
@@ -142,17 +165,35 @@ def test_a_forged_size_allocates_nothing():
             decompress(*forged_header(1, 1, tile=tile))
 
 
-def test_random_code_tables(sparse):
+@pytest.mark.parametrize("kind", ["some bytes", "any lengths", "lengths of a code"])
+def test_random_code_tables(kind, sparse):
     """Lengths up to 15, most of them no prefix code: refused, or another reading of the bits."""
-    matrix = sparse(128, 256)
+    matrix = sparse(16, 32)
     weight, index, info = compress(matrix)
     rng = np.random.default_rng(0)
-    table_end = index.size - 8
-    for _ in range(3000):
-        bad = index.copy()
-        count = rng.integers(1, 6)
-        places = rng.integers(28, table_end, count)
-        bad[places] = rng.integers(-128, 128, count)
-        bad[24:28] = 0
-        bad[24:28] = np.array([_native.crc32c(bad)], np.uint32).view(np.int8)
-        attempt(matrix, weight, bad, info)
+    count = -(-RANDOM_TABLES // 3)
+    lengths = slice(28 + 4, index.size - 8)
+    many = np.repeat(index[None], count, axis=0).view(np.uint8)
+    size = lengths.stop - lengths.start
+    if kind == "some bytes":
+        for _ in range(3):
+            places = rng.integers(28, lengths.stop, count)
+            many[np.arange(count), places] = rng.integers(0, 256, count)
+    elif kind == "any lengths":
+        many[:, lengths] = rng.integers(0, 256, (count, size))
+    else:  # the same lengths in another order: a complete code, but not the one of the stream
+        nibbles = np.stack([many[:, lengths] & 15, many[:, lengths] >> 4], axis=-1)
+        nibbles = rng.permuted(nibbles.reshape(count, -1), axis=1).reshape(count, size, 2)
+        many[:, lengths] = nibbles[..., 0] | nibbles[..., 1] << 4
+    many[:, 24:28] = 0
+    refused = set()
+    for bad in many:
+        bad[24:28] = np.array([_native.crc32c(bad)], np.uint32).view(np.uint8)
+        error = attempt(matrix, weight, bad.view(np.int8), info)
+        if error is not None:
+            refused.add(error.reason)
+    if kind == "lengths of a code":
+        assert "the checksum of the decoded tile does not match" in refused
+    else:
+        assert "a code of a table is longer than 11 bits" in refused
+        assert "the code lengths of a table do not form a complete prefix code" in refused

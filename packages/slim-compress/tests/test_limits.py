@@ -14,10 +14,9 @@ from slim_compress.codec import MAGIC
 MIB = 1 << 20
 
 
-def run(code):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
-    )
+def run(code, *arguments):
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -40,6 +39,33 @@ def test_compressing_fits_twice_the_weight_and_the_output():
         assert np.array_equal(decompress(*stream), matrix)
     """
     assert float(run(code)) < 0.45
+
+
+def test_what_threads_add_is_bounded():
+    """Resident memory over the input: twice the weight, the output and little for each thread."""
+    code = """
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from slim_compress import compress, decompress
+        rng = np.random.default_rng(0)
+        matrix = np.tile(np.rint(rng.normal(0, 2.7, (512, 4096))).astype(np.int8), (8, 1))
+        compress(matrix[:256], jobs=2)  # what the first call loads
+        def resident(what):
+            rows = Path("/proc/self/status").read_text().splitlines()
+            return next(int(row.split()[1]) for row in rows if row.startswith(what)) * 1024
+        before = resident("VmRSS")
+        stream = compress(matrix, jobs=int(sys.argv[1]))
+        out = np.empty_like(matrix)
+        decompress(*stream, jobs=int(sys.argv[1]), out=out)
+        print(resident("VmHWM") - before, matrix.nbytes, stream.weight.nbytes)
+    """
+    peaks = {}
+    for threads in (1, 32):
+        peak, raw, stored = map(int, run(code, str(threads)).split())
+        peaks[threads] = peak
+        assert peak <= 2 * raw + stored + threads * 65536  # with the matrix that was decoded
+    assert peaks[32] - peaks[1] <= 32 * 4 * 65536
 
 
 def test_the_instruction_set_can_be_chosen_from_outside():
