@@ -38,6 +38,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "attention": {"scheme": "w8a16", "attention": {"fallback": 1}},
     "gptq": {"scheme": "w8a16", "method": "gptq"},
+    "flatquant": {
+        "scheme": "w4a4_flatquant_dynamic",
+        "method": {"name": "flatquant", "epochs": 1},
+    },
     "weights": {"scheme": "w8a16"},
 }
 

@@ -36,7 +36,7 @@ from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.devices import torch_device
 from slim_ptq.evaluate import Perplexity
 from slim_ptq.parallel import Team, own_device, team_of_environment
-from slim_ptq.pipeline import plan_with_fallback, run_blockwise, run_weights_only
+from slim_ptq.pipeline import check_alone, plan_with_fallback, run_blockwise, run_weights_only
 from slim_ptq.prepare import Prepared, prepare
 from slim_ptq.quality import evaluate_text
 from slim_ptq.rotation import rotate_checkpoint
@@ -149,6 +149,7 @@ def quantize(
     _config_changes(job.plan)  # or the format cannot hold such a mixture: said before long work
     clock.stage("plan")
     with team_of_environment(place.type) as team:
+        check_alone(job.plan, team)
         measure = _Measure(text if team.is_first else None, device, trust_remote_code)
         before = measure.perplexity(job.checkpoint.path)
         clock.stage("evaluate float")

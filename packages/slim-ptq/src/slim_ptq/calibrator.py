@@ -32,7 +32,8 @@ from slim_ptq.calibration.observed import ObservedLinear
 from slim_ptq.calibration.samples import check_samples, feed
 from slim_ptq.config import QuantConfig
 from slim_ptq.fallback import choose_fallback, measure_spread
-from slim_ptq.methods import LayerInputs, Needs, make_method
+from slim_ptq.flatquant import train_model
+from slim_ptq.methods import FlatQuant, LayerInputs, Needs, WeightMethod, make_method
 from slim_ptq.mixed import check_mix, resolve_mix, with_model_default
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
@@ -138,6 +139,7 @@ class Calibrator:
                 f"calib_data is empty, and w_method {cfg.w_method!r} needs samples",
                 hint="pass calib_data, or use w_method 'MinMax' or 'HQQ'",
             )
+        self._learned: dict[str, LayerInputs] = {}
         self._attention = ModelAttention(
             model, cfg, self._linears, self._samples, self._disabled_names()
         )
@@ -265,6 +267,7 @@ class Calibrator:
         if self.cfg.do_smooth:
             self._smooth()
         self._attention.measure()
+        self._train()
         observed = self._replace_layers()
         if observed:
             for _ in feed(self.model, self._samples, "Calibrating"):
@@ -272,6 +275,15 @@ class Calibrator:
             for name, module in observed.items():
                 self._put(name, module.finish(self._observer_of(name, observed)), "codes.")
                 discard(module)
+
+    def _train(self) -> None:
+        """Learn the transforms of FlatQuant, block by block; without samples there are none."""
+        methods = self._methods()
+        trained = {name: m for name, m in methods.items() if isinstance(m, FlatQuant)}
+        if trained and self._samples:
+            self._learned = train_model(self.model, self._samples, trained)
+        elif trained:
+            _log.warning("calib_data is empty: the transforms of FlatQuant are identities")
 
     def _replace_layers(self) -> dict[str, ObservedLinear]:
         """Quantize all weights; return the layers whose input range is still to be found."""
@@ -300,13 +312,17 @@ class Calibrator:
             self._put(name, observed[name], "observed.")
         return observed
 
-    def _needs(self) -> dict[str, Needs]:
-        """Return what the methods of the quantized layers have to know of their inputs."""
+    def _methods(self) -> dict[str, WeightMethod]:
+        """Return the methods of the quantized layers."""
         return {
-            name: make_method(self.cfg.method(scheme)).needs
+            name: make_method(self.cfg.method(scheme))
             for name, scheme in self._schemes.items()
             if not scheme.is_float
         }
+
+    def _needs(self) -> dict[str, Needs]:
+        """Return what methods have to know of the inputs of single layers."""
+        return {name: method.needs & ~Needs.BLOCK for name, method in self._methods().items()}
 
     def _layer(self, name: str, inputs: LayerInputs | None = None) -> QuantizedLinear:
         """Return a layer with its weight quantized."""
@@ -320,7 +336,7 @@ class Calibrator:
                 weight_of(linear),
                 bias_of(linear),
                 model_dtype=_dtype_name(self._dtype),
-                inputs=inputs,
+                inputs=inputs or self._learned.get(name),
             )
 
     def _observer_of(self, name: str, observed: dict[str, ObservedLinear]) -> Observer | None:

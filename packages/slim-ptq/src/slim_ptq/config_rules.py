@@ -29,6 +29,7 @@ AVAILABLE = (
     "W8A16",
     "W4A16",
     "W4A8_DYNAMIC",
+    "W4A4_FLATQUANT_DYNAMIC",
     "NF4",
     "FLOAT",
 )
@@ -82,6 +83,8 @@ def scheme_of(config: QuantConfig) -> QuantScheme:
     text = kind.lower()
     if kind == "FLOAT":
         return FLOAT
+    if kind == "W4A4_FLATQUANT_DYNAMIC":  # always one scale for each output channel
+        return QuantScheme.parse(text)
     if kind == "NF4":
         return QuantScheme.parse(f"{text}_b{config.block_size}")
     if config.is_per_group:
@@ -97,6 +100,8 @@ def method_of(config: QuantConfig, scheme: QuantScheme) -> MethodSpec:
     ``w_method`` is that of layers of the type of the configuration; others, which ``mix_cfg``
     names, are rounded to nearest unless they are weight-only too.
     """
+    if scheme.variant is Variant.FLATQUANT:
+        return MethodSpec("flatquant")
     if scheme.variant is not Variant.SPARSE:
         if config.w_method == "GPTQ" and not scheme.is_static:
             return MethodSpec("gptq", (("damp", config.percdamp),))

@@ -48,6 +48,16 @@ def capture_calls(
     like : object
         What a block returns (:func:`output_form`).
     """
+    return capture_run(model, blocks, lambda: model(ids, use_cache=False), like)
+
+
+def capture_run(
+    model: nn.Module, blocks: Sequence[str], run: Callable[[], object], like: Any
+) -> tuple[torch.Tensor, BlockCalls]:
+    """Return the input of the first block, and the further arguments of all, when ``run`` runs.
+
+    ``run`` calls the model; for the rest see :func:`capture_calls`.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     start: list[torch.Tensor] = []
 
@@ -61,7 +71,7 @@ def capture_calls(
         return hidden if like is None else (hidden, *like)
 
     with _forward_replaced(model, blocks, note), contextlib.suppress(_Stop), torch.no_grad():
-        model(ids, use_cache=False)
+        run()
     return start[0], BlockCalls([args for args, _ in calls], [kwargs for _, kwargs in calls])
 
 

@@ -1,6 +1,6 @@
 """The two ways through a model: weights only, and block by block with calibration data."""
 
-from slim_ptq.pipeline.blockwise import plan_with_fallback, run_blockwise
+from slim_ptq.pipeline.blockwise import check_alone, plan_with_fallback, run_blockwise
 from slim_ptq.pipeline.weights_only import run_weights_only
 
-__all__ = ["plan_with_fallback", "run_blockwise", "run_weights_only"]
+__all__ = ["check_alone", "plan_with_fallback", "run_blockwise", "run_weights_only"]

@@ -89,7 +89,6 @@ def run_blockwise(
         No token reached a layer that needs a range.
     """
     team = Team() if team is None else team
-    _check_alone(plan, team)
     state = None if work is None else work.state
     hidden = HiddenStates(
         None if work is None else work.path,
@@ -154,11 +153,18 @@ def plan_with_fallback(
     )
 
 
-def _check_alone(plan: Plan, team: Team) -> None:
-    trained = [p for p in plan.quantized.values() if p.method.name == FlatQuant.name]
+def check_alone(plan: Plan, team: Team) -> None:
+    """Require one process where blocks are trained.
+
+    Raises
+    ------
+    InvalidValueError
+        There are several.
+    """
+    trained = [p.method for p in plan.quantized.values() if p.method.name == FlatQuant.name]
     if trained and team.size > 1:
         raise InvalidValueError(
-            f"method {trained[0].method} trains each block in one process, not in {team.size}",
+            f"method {trained[0]} trains each block in one process, not in {team.size}",
             hint="start it without torchrun",
         )
 
