@@ -171,7 +171,7 @@ def test_better_than_plain_through_files(
     saved_model: Callable[..., Path], tmp_path: Path, rounding: str
 ) -> None:
     source = saved_model("llama")
-    report = run(source, tmp_path / "out", {**SHORT, "rounding": rounding})
+    report = run(source, tmp_path / "out", {"name": "flatquant", "rounding": rounding})
     assert verify_checkpoint(tmp_path / "out").sound
     assert all("block error" in layer.notes[-1] for layer in report.quantized)
     quantize(source, tmp_path / "plain", scheme="w4a4_dynamic")

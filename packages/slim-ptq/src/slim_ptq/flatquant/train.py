@@ -161,8 +161,10 @@ class _Training:
     def train(self) -> None:
         """Train, and take the parameters with which the loss was smallest."""
         started = self._state()
-        for module in self._modules:
-            module.become_plain()
+        for shared in self._shared.values():
+            shared.become_plain()
+        for linear in self._linears.values():
+            linear.become_plain()
         plain = best = self._measured()
         kept = self._state()
         self._modules.load_state_dict(started)
@@ -191,7 +193,8 @@ class _Training:
             loss = self._loss(batch)
             optimizer.zero_grad()
             # Divided by its own value, each batch has the same say, however large its outputs.
-            (loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny)).backward()
+            share: Any = loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny)
+            share.backward()
             optimizer.step()
             schedule.step()
 
@@ -221,7 +224,8 @@ class _Training:
         return (found - target).square().mean() / max(self._power[batch], tiny)
 
     def _optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
-        clips, others = [], []
+        clips: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self._modules.named_parameters():
             (clips if name.endswith("clip") else others).append(parameter)
         rate = self._options.lr
@@ -249,7 +253,8 @@ class _Training:
         before, after = self._losses
         return {
             local: LearnedTransform(
-                *(matrix.detach() for matrix in self._shared[local].matrices),
+                left=self._shared[local].matrices[0].detach(),
+                right=self._shared[local].matrices[1].detach(),
                 clip_ratio=torch.sigmoid(self._shared[local].clip.detach()),
                 row_clip=torch.sigmoid(linear.clip.detach()),
                 loss_before=before,
