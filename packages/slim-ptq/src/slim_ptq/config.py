@@ -89,6 +89,8 @@ class QuantConfig:
     nonuniform: bool
     use_sigma: bool
     sigma_factor: float
+    percdamp: float
+    tp_size: int | None
     group_size: int
     block_size: int
     model_quant_type: str

@@ -133,7 +133,7 @@ class FAQuantizer(nn.Module):
         """Take in what another one has observed of later data."""
         for part, seen in self._ranges.items():
             seen.merge(other._ranges[part])
-        self._errors = other._errors | self._errors
+        self._errors.update({p: e for p, e in other._errors.items() if p not in self._errors})
 
     def params(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return scale and offset of each of ``q``, ``k``, ``v`` that was observed."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slim_core.dtypes import IntType
 from slim_core.errors import CalibrationError
 from slim_core.numerics import affine_params
 from slim_core.scheme import TensorScheme
@@ -76,5 +77,6 @@ class Observer(ABC):
         if scheme.symmetric:
             return scale, torch.zeros_like(scale)
         dtype = scheme.dtype
+        assert isinstance(dtype, IntType)  # narrowing: fixed ranges are those of integers
         offset = torch.round(-low.clamp(max=0) / scale) + dtype.min
         return scale, offset.clamp(dtype.min, dtype.max)
