@@ -1,7 +1,10 @@
 """The layout of AutoGPTQ and GPTQModel (``quant_method: gptq``): weight-only, 4 or 8 bits.
 
 Codes and zero points are unsigned; words run along the input channels of ``qweight`` and along the
-output channels of ``qzeros``, which holds every zero point less one.  Scales are float16.
+output channels of ``qzeros``.  Scales are float16.  Symmetric layers are of version 1, which every
+reader knows and which stores zero points less one.  Asymmetric ones are of version 2
+(``checkpoint_format: gptq_v2``), which stores them as they are: a zero point of 0 has no version 1,
+and GPTQModel takes asymmetric files of version 1 from no tool but itself.
 """
 
 from __future__ import annotations
@@ -61,8 +64,7 @@ class GptqFormat(ForeignFormat):
         group = layer.scheme.group_size or columns
         tensors = {
             "qweight": pack_words(codes.T, bits, axis=0),
-            # Less one, in as many bits: readers add the one back and drop what is over.
-            "qzeros": pack_words((zeros.T - 1) & ((1 << bits) - 1), bits, axis=1),
+            "qzeros": pack_words(zeros.T - _less(layer.scheme), bits, axis=1),
             "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
             "g_idx": (np.arange(columns) // group).astype(np.int32),
         }
@@ -79,7 +81,7 @@ class GptqFormat(ForeignFormat):
         scales = take(name, tensors, "scales", np.float16)
         codes = unpack_words(take(name, tensors, "qweight", np.int32), bits, 0, columns).T
         stored = take(name, tensors, "qzeros", np.int32)
-        zeros = (unpack_words(stored, bits, 1, scales.shape[1]) + 1) & ((1 << bits) - 1)
+        zeros = unpack_words(stored, bits, 1, scales.shape[1]) + np.uint8(_less(scheme))
         parts = (codes, zeros.T, scales.T)
         return signed_layer(name, scheme, parts, tensors.get("bias"), model_dtype)
 
@@ -96,8 +98,13 @@ class GptqFormat(ForeignFormat):
             "sym": weight.symmetric,
             "desc_act": False,
             "lm_head": False,
-            "checkpoint_format": "gptq",
+            "checkpoint_format": "gptq" if weight.symmetric else "gptq_v2",
         }
         if floats:
             config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in floats}
         return config
+
+
+def _less(scheme: QuantScheme) -> int:
+    """Return how much less than a zero point is stored."""
+    return 1 if scheme.weight is not None and scheme.weight.symmetric else 0
