@@ -151,6 +151,15 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def peers(session: nox.Session) -> None:
+    """Read the checkpoints of slim-ptq with the code of compressed-tensors and GPTQModel."""
+    install(session, "slim-ptq", group="test")
+    session.install("-c", "constraints.txt", "compressed-tensors", "gptqmodel")
+    readers = "packages/slim-ptq/tests/test_foreign_readers.py"
+    session.run("pytest", readers, *session.posargs, env=OFFLINE)
+
+
+@nox.session(default=False)
 def fuzz(session: nox.Session) -> None:
     """Fuzz the decoder of slim-compress with libFuzzer under ASan and UBSan; needs clang."""
     install(session, "slim-compress", group="test")

@@ -93,7 +93,8 @@ def quantize(
         (:class:`slim_core.recipe.SmoothMethod`), not at all by default; in the place of what the
         recipe says.
     format : str, optional
-        ``ascend_v1`` (default), ``safe_tensor`` or ``float``.
+        ``ascend_v1`` (default), ``safe_tensor``, ``float``, or one of the layouts of other tools:
+        ``compressed_tensors``, ``gptq``, ``awq``.
     calibration : path, texts or CalibrationData, optional
         See :func:`slim_ptq.calibration.text.read_calibration`.
     samples, length, batch : int

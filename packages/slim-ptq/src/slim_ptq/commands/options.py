@@ -16,7 +16,7 @@ import typer
 Model = Annotated[Path, typer.Argument(help="Model directory: config.json and weights.")]
 Scheme = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation at run time, on Python 3.10 too)
-    typer.Option(help="w8a8 (default), w8a8_dynamic, w8a16, w8a16_g128, w8a16_asym."),
+    typer.Option(help="w8a8 (default), w8a8_dynamic, w8a16, w4a16_g128, w4a8_dynamic, nf4 ..."),
 ]
 RecipeFile = Annotated[
     Optional[Path],  # noqa: UP045
@@ -34,7 +34,10 @@ Smooth = Annotated[
 ]
 FormatName = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--format", help="ascend_v1 (default), safe_tensor or float."),
+    typer.Option(
+        "--format",
+        help="ascend_v1 (default), safe_tensor, float, compressed_tensors, gptq or awq.",
+    ),
 ]
 Calib = Annotated[
     Optional[Path],  # noqa: UP045
