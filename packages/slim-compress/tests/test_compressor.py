@@ -227,6 +227,15 @@ class TestDictionaries:
         with pytest.raises(CheckpointError, match=r"do not match: y\.bias is not in the descr"):
             Compressor(config, None, {**weights, "y.bias": weights["q.bias"]}, description)
 
+    def test_a_tied_head_is_described_and_not_stored(self, tensors):
+        weights, description = tensors
+        config = CompressConfig()
+        Compressor(config, None, weights, {**description, "embed_out.weight": "FLOAT"}).run()
+        with pytest.raises(
+            CheckpointError, match=r"embed_out\.weight is in the description but not"
+        ):
+            Compressor(config, None, weights, {**description, "embed_out.weight": "W8A8S"})
+
     def test_16_bit_sparse_weights_are_refused(self, tensors):
         weights, description = tensors
         with pytest.raises(CheckpointError, match=r"q\.weight has the type W16A16S"):

@@ -11,6 +11,7 @@ from slim_core.errors import CheckpointError, InvalidTypeError, InvalidValueErro
 
 CODEC_KEY = "compress_codec"
 WEIGHT_FILE = "quant_model_weight_w8a8sc.safetensors"
+_HEADS = (["lm_head", "weight"], ["embed_out", "weight"])
 _PARTS = (".weight", ".index", ".info")
 
 
@@ -45,6 +46,8 @@ def tensor_types(description: Mapping[str, Any]) -> dict[str, str]:
 def check_names_match(types: Mapping[str, str], tensors: Iterable[str]) -> None:
     """Require that the description and the weights speak of the same tensors.
 
+    A float output head may be described and not stored: it is the embedding then.
+
     Raises
     ------
     CheckpointError
@@ -52,7 +55,7 @@ def check_names_match(types: Mapping[str, str], tensors: Iterable[str]) -> None:
     """
     names = set(tensors)
     unknown = sorted(names - types.keys())
-    missing = sorted(types.keys() - names)
+    missing = sorted(name for name in types.keys() - names if not _is_tied_head(name, types[name]))
     if unknown:
         raise CheckpointError(
             f"the weights and the description do not match: {_some(unknown)} not in the description"
@@ -127,6 +130,10 @@ def description_file(description: Mapping[str, Any], suffix: str) -> str:
     """Return the name of the file: with a version plain, without one with the type in it."""
     versioned = description.get("version") not in (None, "", "0.0.0")
     return f"quant_model_description{'' if versioned else f'_{suffix}'}.json"
+
+
+def _is_tied_head(name: str, kind: str) -> bool:
+    return kind == QuantType.FLOAT and name.rsplit(".", 2)[-2:] in _HEADS
 
 
 def _some(names: list[str]) -> str:
