@@ -138,8 +138,10 @@ def test_group_size_must_divide():
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_formats_write_the_same_bytes_for_torch_and_numpy(form, text, dtype):
     scheme = QuantScheme.parse(text)
-    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    bias = torch.linspace(-1, 1, 6).to(dtype)
+    if FORMATS[form].unsupported(scheme, (8, 16)):
+        pytest.skip("the format does not hold the scheme")
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    bias = torch.linspace(-1, 1, 8).to(dtype)
     scale, offset = weight_params(weight, scheme.weight)
     static = {}
     if scheme.is_static:

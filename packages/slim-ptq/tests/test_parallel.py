@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
-import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,6 @@ from slim_core.errors import CalibrationError
 from slim_core.recipe import ObserverKind, Recipe
 from slim_ptq import quantize
 from slim_ptq.calibration.text import CalibrationData
-from slim_ptq.cli import main
 from slim_ptq.observers import make_observer
 from slim_ptq.parallel import Team, own_device
 
@@ -55,46 +52,68 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _process(environment: dict[str, str], arguments: list[str], folder: str) -> None:
-    """Be ``python -m slim_ptq`` with the environment of torchrun."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    stem = Path(folder) / environment["RANK"]
-    with (
-        stem.with_suffix(".out").open("w") as out,
-        stem.with_suffix(".err").open("w") as error,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(error),
-    ):
-        sys.argv = ["slim-ptq", *arguments]
-        main()
+_TEAM = """
+import contextlib, os, sys, traceback
+from pathlib import Path
+
+import slim_ptq.api  # once for all processes, which are forked before any thread is started
+from slim_ptq.cli import main
+
+size, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+sys.argv = ["slim-ptq", *sys.argv[4:]]
+children = []
+for rank in range(size):
+    child = os.fork()
+    if child:
+        children.append(child)
+        continue
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        OMP_NUM_THREADS="1",
+    )
+    code = 1
+    try:
+        with (
+            (folder / f"{rank}.out").open("w") as out,
+            (folder / f"{rank}.err").open("w") as error,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(error),
+        ):
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+print(*codes)
+"""
 
 
-def run_team(size: int, arguments: list[str], folder: Path) -> list[tuple[int | None, str, str]]:
-    """Run the command in several processes; returns exit code, output and errors of each.
+def run_team(size: int, arguments: list[str], folder: Path) -> list[tuple[int, str, str]]:
+    """Run the command in several processes with the environment of torchrun.
 
-    They are forked from a server that has imported everything once.
+    Returns
+    -------
+    list
+        Exit code, output and errors of each process.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["slim_ptq.cli", "slim_ptq.api", "transformers"])
-    common = {
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    folder.mkdir(exist_ok=True)
-    processes = []
-    for rank in range(size):
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(
-            context.Process(target=_process, args=(environment, arguments, str(folder)))
-        )
-        processes[-1].start()
-    for process in processes:
-        process.join(timeout=600)
+    folder.mkdir()
+    script = folder / "team.py"
+    script.write_text(_TEAM)
+    command = [sys.executable, str(script), str(size), str(free_port()), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    codes = [int(code) for code in done.stdout.split()[-size:]]
     return [
-        (process.exitcode, (folder / f"{r}.out").read_text(), (folder / f"{r}.err").read_text())
-        for r, process in enumerate(processes)
+        (code, (folder / f"{rank}.out").read_text(), (folder / f"{rank}.err").read_text())
+        for rank, code in enumerate(codes)
     ]
 
 
