@@ -213,7 +213,8 @@ def test_command_line(tmp_path, capsys):
         assert line["measured_error"] == pytest.approx(line["predicted_error"], rel=0.25)
     assert run("perplexity", out, "--eval", EVAL, "--length", 128, "--eval-samples", 8) == 0
     value = float(capsys.readouterr().out)
-    assert f"-> {value:.3f}" in printed
+    # The last digit of sums in float32 depends on how the threads share them.
+    assert value == pytest.approx(float(printed.rsplit("-> ", 1)[1].split()[0]), abs=2e-3)
     assert run("show", out) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(lines)
     assert run("merge", out, dense) == 0
