@@ -134,6 +134,39 @@ def test_sparse(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert np.mean(np.abs(stored.layer(name).codes) <= 7) > 0.95
 
 
+@pytest.mark.parametrize("use_sigma", [False, True])
+def test_sparse_tuning(
+    tiny_model: Callable[..., Any],
+    tiny_calib: list[list[torch.Tensor]],
+    tmp_path: Path,
+    use_sigma: bool,
+) -> None:
+    """The script of the guide to the accuracy of sparse quantization, with its defaults."""
+    model = tiny_model("llama", dtype=torch.float16)
+    disable_names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    quant_config = QuantConfig(
+        a_bit=8,
+        w_bit=4,
+        disable_names=disable_names,
+        dev_type="cpu",
+        dev_id=model.device.index,
+        is_lowbit=True,
+        co_sparse=False,
+        fraction=0.01,
+        do_smooth=True,
+        use_sigma=use_sigma,
+    )
+    calibrator = Calibrator(model, quant_config, calib_data=tiny_calib, disable_level="L0")
+    calibrator.run()
+    calibrator.save(str(tmp_path / "out"), save_type=["safe_tensor"])
+    with torch.no_grad():
+        assert torch.isfinite(model(tiny_calib[0][0]).logits).all()
+    stored = QuantizedCheckpoint(tmp_path / "out")
+    assert set(stored.layers.values()) == {"W8A8S"}
+    assert len(stored.layers) == 2 * 6
+    assert not set(disable_names) & stored.layers.keys()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
 @pytest.mark.parametrize("with_data", [True, False])
 def test_w8a16(
