@@ -51,7 +51,12 @@ def main() -> None:
         for scheme in SCHEMES
         for method in METHODS
     } | OTHERS
-    rows = [row for name, values in recipes.items() if (row := measure(name, values))]
+    rows = []
+    for name, values in recipes.items():
+        row = measure(name, values)
+        if row is not None:
+            print(row, flush=True)
+            rows.append(row)
     formats = [
         {"scheme": scheme, **sizes}
         for scheme in SCHEMES
@@ -74,7 +79,12 @@ def measure(name: str, values: dict[str, Any]) -> dict[str, Any] | None:
         started = time.perf_counter()
         try:
             report = quantize(
-                MODEL, Path(folder) / "out", recipe=Recipe.build(**values), calibration=CALIBRATION
+                MODEL,
+                Path(folder) / "out",
+                recipe=Recipe.build(**values),
+                calibration=CALIBRATION,
+                samples=16,
+                length=256,
             )
         except PlanError:
             return None
@@ -111,7 +121,7 @@ def page(result: dict[str, Any]) -> str:
         "# Evidence: every scheme, method and format",
         "",
         f"{result['question'].capitalize()};",
-        "calibration on examples/calib.jsonl, 32 windows of 512.",
+        "calibration on examples/calib.jsonl, 16 windows of 256.",
         f"Written by `{COMMAND}` (benchmarks/slim-ptq/matrix.py). Float: perplexity "
         f"{result['float']}, {result['float_bytes']:,} bytes. Differences below about 0.1 are",
         "within the noise of so small a model and text; the seconds are those of the whole run.",

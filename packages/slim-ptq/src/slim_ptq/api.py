@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +9,8 @@ from typing import Any
 
 import torch
 
-from slim_core.checkpoint import copy_side_files, open_checkpoint
-from slim_core.errors import FormatError, InvalidValueError
+from slim_core.checkpoint import copy_side_files
+from slim_core.errors import InvalidValueError
 from slim_core.export import CheckpointExport, NoExport
 from slim_core.files import (
     PathLike,
@@ -25,28 +22,25 @@ from slim_core.files import (
 from slim_core.formats import ASCEND_FORMATS, FORMATS
 from slim_core.formats.foreign import ForeignFormat
 from slim_core.plan import Plan
-from slim_core.provenance import fingerprint, provenance
 from slim_core.recipe import Recipe
 from slim_core.report import LayerReport, Report
 from slim_core.resume import ResumableDir, resumable_dir
 from slim_core.validate import check_float, check_int
-from slim_core.verify import verify_checkpoint
-from slim_ptq.__about__ import __version__
 from slim_ptq.calibration.text import CalibrationData
 from slim_ptq.devices import torch_device
 from slim_ptq.evaluate import Perplexity
+from slim_ptq.job_fingerprints import job_fingerprints
+from slim_ptq.job_report import Clock, job_report
 from slim_ptq.parallel import Team, own_device, team_of_environment
 from slim_ptq.pipeline import check_alone, plan_with_fallback, run_blockwise, run_weights_only
 from slim_ptq.prepare import Prepared, prepare
 from slim_ptq.quality import evaluate_text
+from slim_ptq.readback import read_back
 from slim_ptq.rotation import rotate_checkpoint
 
 RECIPE_FILE = "slim_recipe.yaml"
 
-_DEFECT = "this is a defect of slim; the output directory was not made"
-
 _GIB = 1 << 30
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes but on macOS
 
 
 def quantize(
@@ -132,7 +126,7 @@ def quantize(
     place = torch_device(device)
     shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
     held = int(check_float("activation_gib", activation_gib, low=0, high=1 << 20) * _GIB)
-    clock = _Clock()
+    clock = Clock()
     job = prepare(
         model,
         scheme=scheme,
@@ -156,7 +150,7 @@ def quantize(
         clock.stage("evaluate float")
         job = _settle(job, place, clock)
         config_changes = _config_changes(job.plan)
-        prints = _fingerprints(job, device.partition(":")[0], shard, team)
+        prints = job_fingerprints(job, device.partition(":")[0], shard, team)
         if not team.is_first:
             begun: tuple[Path, dict[str, Any] | None] = team.from_first(None)
             _write(job, NoExport(), place, ResumableDir(begun[0], prints, begun[1]), held, team)
@@ -176,17 +170,17 @@ def quantize(
                 _describe_tied_head(job, export)
             clock.stage("quantize")
             copy_side_files(job.checkpoint, work.path, config_changes)
-            _verify(work.path, job.plan)
+            read_back(work.path, job.plan)
             clock.stage("verify")
             after = measure.perplexity(work.path)
             clock.stage("evaluate quantized")
-            report = _report(job, layers, work.path, before, after, text, clock)
+            report = job_report(job, layers, work.path, before, after, text, clock)
             report.save(work.path)
             write_bytes(work.path / RECIPE_FILE, job.recipe.to_yaml().encode())
         return team.from_first(report)
 
 
-def _settle(job: Prepared, device: torch.device, clock: _Clock) -> Prepared:
+def _settle(job: Prepared, device: torch.device, clock: Clock) -> Prepared:
     """Return the job with what can be known only by running the float model."""
     if job.recipe.rotate is not None:
         rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, device)
@@ -224,43 +218,6 @@ def _write(
         activation_bytes,
         team,
     )
-
-
-def _fingerprints(job: Prepared, device: str, shard: int, team: Team) -> dict[str, str]:
-    """Return what an interrupted run must have in common with the one that goes on with it."""
-    files = {info.file for info in job.checkpoint.tensors.values()}
-    versions = provenance(["slim-ptq", "torch", "transformers"])
-    settings = {
-        "recipe": job.recipe.to_dict(),
-        "device": device,
-        "max_shard_bytes": shard,
-        "processes": team.size,
-    }
-    model = {
-        "config": job.checkpoint.config,
-        "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files),
-    }
-    data = b"" if job.data is None else b"".join(x.numpy().tobytes() for x in job.data.batches)
-    shapes = [] if job.data is None else [list(x.shape) for x in job.data.batches]
-    return {
-        "recipe or setting": fingerprint(settings),
-        "model": fingerprint(model),
-        "calibration data": fingerprint({"shapes": shapes, "ids": fingerprint(data)}),
-        "version of a package": fingerprint(versions),
-    }
-
-
-class _Clock:
-    """Seconds of the stages so far."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def stage(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
 
 
 def _check_foreign(job: Prepared, text: PathLike | None) -> None:
@@ -304,47 +261,6 @@ def _describe_tied_head(job: Prepared, export: CheckpointExport) -> None:
         export.describe(name, "FLOAT")
 
 
-def _verify(directory: Path, plan: Plan) -> None:
-    """Read back what was written.
-
-    Raises
-    ------
-    FormatError
-        It is not what readers of the format expect.
-    """
-    form = FORMATS[plan.format]
-    if plan.format == "float":
-        return
-    if form.description_file(plan.model_type) is None:
-        _verify_layers(directory, plan)
-        return
-    found = verify_checkpoint(directory)
-    if not found.sound:
-        listed = "".join(f"\n  - {problem}" for problem in found.problems)
-        raise FormatError(f"what was written does not pass verification:{listed}", hint=_DEFECT)
-
-
-def _verify_layers(directory: Path, plan: Plan) -> None:
-    """Decode every layer of a checkpoint that no description file lists."""
-    checkpoint = open_checkpoint(directory)
-    for layer in plan.layers:
-        if layer.scheme.is_float:
-            continue
-        inside = f"{layer.name}."
-        tensors = {
-            name.removeprefix(inside): checkpoint.load(name)
-            for name in checkpoint.tensors
-            if name.startswith(inside)
-        }
-        found = FORMATS[plan.format].decode(layer.name, layer.scheme, tensors, plan.model_dtype)
-        if tuple(found.codes.shape) != layer.shape:
-            raise FormatError(
-                f"{layer.name} was written with shape {tuple(found.codes.shape)}, "
-                f"not {layer.shape}",
-                hint=_DEFECT,
-            )
-
-
 @dataclass(frozen=True)
 class _Measure:
     """How perplexity is measured, if it is."""
@@ -358,48 +274,3 @@ class _Measure:
             return None
         trust = self.trust_remote_code
         return evaluate_text(directory, self.text, device=self.device, trust_remote_code=trust)
-
-
-def _report(
-    job: Prepared,
-    layers: list[LayerReport],
-    staging: Path,
-    before: Perplexity | None,
-    after: Perplexity | None,
-    text: PathLike | None,
-    clock: _Clock,
-) -> Report:
-    plan = job.plan
-    order = {layer.name: index for index, layer in enumerate(plan.layers)}
-    report = Report(
-        tool=f"slim-ptq {__version__}",
-        model=job.checkpoint.path.name,
-        scheme=str(job.recipe.scheme),
-        format=plan.format,
-        layers=tuple(sorted(layers, key=lambda layer: order[layer.name])),
-        bytes_before=_weight_bytes(job.checkpoint.path),
-        bytes_after=_weight_bytes(staging),
-        calibration=None if job.data is None else job.data.to_dict(),
-        fallbacks=tuple((layer.name, layer.reason) for layer in plan.layers if not layer.asked),
-        seconds={stage: round(value, 3) for stage, value in clock.seconds.items() if value >= 1e-3},
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
-        provenance=provenance(
-            ["slim-ptq", "torch", "transformers"],
-            recipe=job.recipe.to_dict(),
-            config=job.checkpoint.config,
-        ),
-    )
-    if before is None or after is None or text is None:
-        return report
-    return replace(
-        report,
-        perplexity_before=before.value,
-        perplexity_after=after.value,
-        perplexity_text=Path(text).name,
-        perplexity_tokens=after.tokens,
-    )
-
-
-def _weight_bytes(directory: Path) -> int:
-    files = {info.file for info in open_checkpoint(directory).tensors.values()}
-    return sum(file.stat().st_size for file in files)
