@@ -23,7 +23,9 @@ class Rules(OnlyMinMax):
         symmetric = scheme.weight is None or scheme.weight.symmetric
         return MINMAX if symmetric else MethodSpec("plain")
 
-    def problem(self, method: MethodSpec, scheme: QuantScheme) -> str | None:
+    def problem(
+        self, method: MethodSpec, scheme: QuantScheme, shape: tuple[int, int]
+    ) -> str | None:
         wide = scheme.weight is not None and scheme.weight.dtype.bits == 8
         return f"{method} has no 8 bits" if method.name == "learned" and wide else None
 

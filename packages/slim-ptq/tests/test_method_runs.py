@@ -215,3 +215,12 @@ class TestClassicInterface:
         with pytest.raises(KeyboardInterrupt):
             Calibrator(model, self.config("GPTQ"), calib_data=self.samples()).run()
         assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_searched_blocks_must_not_cross_rows(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_model("llama", intermediate_size=96).save_pretrained(tmp_path / "in")
+    with pytest.raises(PlanError, match=r"down_proj.*blocks of 64 cross the ends of rows of 96"):
+        quantize(tmp_path / "in", tmp_path / "out", scheme="nf4", method="clip")
+    quantize(tmp_path / "in", tmp_path / "out", scheme="nf4")

@@ -68,8 +68,10 @@ class MethodRules(Protocol):
     def default(self, scheme: QuantScheme) -> MethodSpec:
         """Return the method of a layer for which the recipe names none."""
 
-    def problem(self, method: MethodSpec, scheme: QuantScheme) -> str | None:
-        """Return why a method cannot quantize to a scheme, or None if it can."""
+    def problem(
+        self, method: MethodSpec, scheme: QuantScheme, shape: tuple[int, int]
+    ) -> str | None:
+        """Return why a method cannot quantize a weight (out, in) to a scheme, None if it can."""
 
     def needs_data(self, method: MethodSpec) -> bool:
         """Whether a method needs calibration data; it must have no problem."""
@@ -82,7 +84,9 @@ class OnlyMinMax:
         """Return ``minmax``."""
         return MINMAX
 
-    def problem(self, method: MethodSpec, scheme: QuantScheme) -> str | None:
+    def problem(
+        self, method: MethodSpec, scheme: QuantScheme, shape: tuple[int, int]
+    ) -> str | None:
         """Accept ``minmax`` without options."""
         return None if method == MINMAX else f"method {method} is unknown; known is minmax"
 

@@ -265,7 +265,7 @@ def _with_methods(
             continue
         method = named.get(ruled.get(layer.name, "")) or recipe.method
         method = method or rules.default(layer.scheme)
-        problem = rules.problem(method, layer.scheme)
+        problem = rules.problem(method, layer.scheme, layer.shape)
         if problem is None:
             yield replace(layer, method=method, needs_data=rules.needs_data(method))
             continue

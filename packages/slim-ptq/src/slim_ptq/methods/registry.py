@@ -8,7 +8,7 @@ from typing import Any
 
 from slim_core.errors import InvalidValueError, SlimError
 from slim_core.method import MINMAX, MethodSpec
-from slim_core.scheme import QuantScheme, Variant
+from slim_core.scheme import Granularity, QuantScheme, Variant
 from slim_core.validate import did_you_mean
 from slim_ptq.methods.base import Needs, WeightMethod
 from slim_ptq.methods.clip import Clip
@@ -56,6 +56,16 @@ def make_method(spec: MethodSpec) -> WeightMethod:
     return made
 
 
+def _block_problem(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
+    """Return why blocks cannot be searched: the methods that do take one row at a time."""
+    weight = scheme.weight
+    if weight is None or weight.granularity is not Granularity.PER_BLOCK:
+        return None
+    if shape[1] % weight.group_size == 0:
+        return None
+    return f"blocks of {weight.group_size} cross the ends of rows of {shape[1]}, use minmax"
+
+
 class PtqMethods:
     """:class:`slim_core.method.MethodRules` of this package."""
 
@@ -63,12 +73,16 @@ class PtqMethods:
         """Return the method of a layer for which the recipe names none."""
         return _DEFAULTS.get(scheme.variant, MINMAX)
 
-    def problem(self, method: MethodSpec, scheme: QuantScheme) -> str | None:
+    def problem(
+        self, method: MethodSpec, scheme: QuantScheme, shape: tuple[int, int]
+    ) -> str | None:
         """Return why a method cannot be made, or cannot quantize to a scheme, None if it can."""
         try:
             reason = make_method(method).unsupported(scheme)
         except SlimError as error:
             return str(error)
+        if reason is None and method.name != MinMax.name:
+            reason = _block_problem(scheme, shape)
         return None if reason is None else f"method {method} cannot quantize to {scheme}: {reason}"
 
     def needs_data(self, method: MethodSpec) -> bool:
