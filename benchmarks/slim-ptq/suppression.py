@@ -58,7 +58,11 @@ def main() -> None:
                 for method, smooth in METHODS.items()
             ]
             tables[name] = {"float": round(score(load_model(model)), 3), "rows": rows}
-            print(name, tables[name], flush=True)
+            report(tables)  # of every case that is done, since all take many minutes
+
+
+def report(tables: dict[str, Any]) -> None:
+    """Save the tables so far."""
     save(
         "suppression",
         COMMAND,
