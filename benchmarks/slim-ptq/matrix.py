@@ -1,16 +1,19 @@
 """Every scheme by every method and in every format: perplexity, size and seconds.
 
-Writes ``results/matrix.json`` and the table in ``packages/slim-ptq/docs/evidence.md``.
+Writes ``results/matrix.json`` and the table in ``packages/slim-ptq/docs/evidence.md``.  Names of
+models as arguments measure these alone and keep the rows of the others.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from _common import save
+from _common import RESULTS, save
 
 from slim_core.errors import PlanError
 from slim_core.formats import FORMATS
@@ -20,7 +23,7 @@ from slim_ptq.methods import METHODS
 
 COMMAND = "nox -s bench-slim-ptq"
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "examples" / "tiny-llama"
+EXAMPLES = ROOT / "examples"
 CALIBRATION = ROOT / "examples" / "calib.jsonl"
 TEXT = ROOT / "examples" / "eval.txt"
 PAGE = ROOT / "packages" / "slim-ptq" / "docs" / "evidence.md"
@@ -46,29 +49,51 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+# By model: methods, and the further recipes.  signround takes minutes, so it has two of these.
+MODELS: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
+    "tiny-llama": ([name for name in METHODS if name != "signround"], OTHERS),
+    "tiny-bloom": (
+        ["minmax", "gptq", "sparse"],
+        {
+            name: OTHERS[name]
+            for name in ("w8a8, smoothquant", "w8a8, iterative", "w8a8, int8 cache")
+        },
+    ),
+}
+
+
 def main() -> None:
     """Measure, save, and write the page."""
-    recipes = {
-        f"{scheme}, {method}": {"scheme": scheme, "method": method}
-        for scheme in SCHEMES
-        for method in METHODS
-        if method != "signround"  # takes minutes; among the others for two schemes
-    } | OTHERS
-    rows = []
-    for name, values in recipes.items():
-        row = measure(name, values)
-        if row is not None:
-            print(row, flush=True)
-            rows.append(row)
+    chosen = sys.argv[1:] or list(MODELS)
+    rows = [row for row in earlier() if row["model"] not in chosen]
+    for model in chosen:
+        methods, others = MODELS[model]
+        rows.append(
+            {
+                "model": model,
+                "recipe": "float",
+                "perplexity": round(evaluate_text(EXAMPLES / model, TEXT).value, 3),
+                "bytes": (EXAMPLES / model / "model.safetensors").stat().st_size,
+                "seconds": 0.0,
+            }
+        )
+        recipes = {
+            f"{scheme}, {method}": {"scheme": scheme, "method": method}
+            for scheme in SCHEMES
+            for method in methods
+        } | others
+        for name, values in recipes.items():
+            row = measure(EXAMPLES / model, name, values)
+            if row is not None:
+                print(row, flush=True)
+                rows.append(row)
     formats = [
         {"scheme": scheme, **sizes}
         for scheme in SCHEMES
         if (sizes := {form: size(scheme, form) for form in FORMATS if form != "float"})
     ]
     result = {
-        "question": "perplexity of examples/tiny-llama on examples/eval.txt, windows of 512 tokens",
-        "float": round(evaluate_text(MODEL, TEXT).value, 3),
-        "float_bytes": (MODEL / "model.safetensors").stat().st_size,
+        "question": "perplexity of the models of examples/ on eval.txt, windows of 512 tokens",
         "rows": rows,
         "formats": formats,
     }
@@ -76,13 +101,20 @@ def main() -> None:
     PAGE.write_text(page(result), encoding="utf-8")
 
 
-def measure(name: str, values: dict[str, Any]) -> dict[str, Any] | None:
+def earlier() -> list[dict[str, Any]]:
+    """Return the rows of the last run."""
+    file = RESULTS / "matrix.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
+    return rows
+
+
+def measure(model: Path, name: str, values: dict[str, Any]) -> dict[str, Any] | None:
     """Return a row, None where the plan says that these do not go together."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         try:
             report = quantize(
-                MODEL,
+                model,
                 Path(folder) / "out",
                 recipe=Recipe.build(**values),
                 calibration=CALIBRATION,
@@ -94,6 +126,7 @@ def measure(name: str, values: dict[str, Any]) -> dict[str, Any] | None:
         seconds = time.perf_counter() - started
         perplexity = evaluate_text(Path(folder) / "out", TEXT).value
     return {
+        "model": model.name,
         "recipe": name,
         "perplexity": round(perplexity, 3),
         "bytes": report.bytes_after,
@@ -106,7 +139,7 @@ def size(scheme: str, form: str) -> int | None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             report = quantize(
-                MODEL,
+                EXAMPLES / "tiny-llama",
                 Path(folder) / "out",
                 recipe=Recipe.build(scheme=scheme, format=form),
                 calibration=CALIBRATION,
@@ -125,19 +158,19 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{result['question'].capitalize()};",
         "calibration on examples/calib.jsonl, 16 windows of 256.",
-        f"Written by `{COMMAND}` (benchmarks/slim-ptq/matrix.py). Float: perplexity "
-        f"{result['float']}, {result['float_bytes']:,} bytes. Differences below about 0.1 are",
-        "within the noise of so small a model and text; the seconds are those of the whole run.",
+        f"Written by `{COMMAND}` (benchmarks/slim-ptq/matrix.py). Differences below about 0.1 are",
+        "within the noise of so small models and text; the seconds are those of the whole run.",
         "",
-        "| scheme and method | perplexity | bytes | seconds |",
-        "|---|---|---|---|",
+        "| model | scheme and method | perplexity | bytes | seconds |",
+        "|---|---|---|---|---|",
         *(
-            f"| {row['recipe']} | {row['perplexity']} | {row['bytes']:,} | {row['seconds']} |"
+            f"| {row['model']} | {row['recipe']} | {row['perplexity']} | {row['bytes']:,} "
+            f"| {row['seconds']} |"
             for row in result["rows"]
         ),
         "",
         "The two Ascend formats hold the same integers, so their perplexity is the same. Bytes of",
-        "the checkpoint by format, empty where the format does not hold the scheme:",
+        "tiny-llama by format, empty where the format does not hold the scheme:",
         "",
         "| scheme | " + " | ".join(name for name in FORMATS if name != "float") + " |",
         "|---" * len(FORMATS) + "|",
