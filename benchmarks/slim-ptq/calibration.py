@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from slim_core.checkpoint import open_checkpoint
 from slim_ptq import quantize
-from slim_ptq.calibration.text import CalibrationData, windows
+from slim_ptq.calibration.text import TokenWindows, windows
 from slim_ptq.inventory import take_inventory
 from slim_ptq.pipeline.blocks import BlockRunner
 
@@ -26,7 +26,7 @@ def main() -> None:
     """Measure and save."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 2000, (SAMPLES * LENGTH,), generator=generator).tolist()
-    data = CalibrationData(windows(ids, SAMPLES, LENGTH, 4), "random ids")
+    data = TokenWindows(windows(ids, SAMPLES, LENGTH, 4), "random ids")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         nbytes = write_llama(root / "model", layers=2, hidden=1024, inter=2816)

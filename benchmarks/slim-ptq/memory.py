@@ -16,11 +16,11 @@ HIDDEN, INTER = 1024, 2816
 RUN = """
 import torch
 from slim_ptq.api import quantize
-from slim_ptq.calibration.text import CalibrationData, windows
+from slim_ptq.calibration.text import TokenWindows, windows
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
 ids = list(range(2, 1026))
-data = CalibrationData(windows(ids, 2, 512, 1), "ids") if sys.argv[3] == "w8a8" else None
+data = TokenWindows(windows(ids, 2, 512, 1), "ids") if sys.argv[3] == "w8a8" else None
 start()
 quantize(sys.argv[1], sys.argv[2], scheme=sys.argv[3], calibration=data)
 """

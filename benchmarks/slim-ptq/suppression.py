@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slim_core.recipe import Recipe
 from slim_ptq import load_model, quantize
-from slim_ptq.calibration.text import CalibrationData, read_calibration
+from slim_ptq.calibration.text import TokenWindows, read_calibration
 from slim_ptq.evaluate import encode_text, perplexity
 
 COMMAND = "nox -s bench-slim-ptq"
@@ -76,7 +76,7 @@ def report(tables: dict[str, Any]) -> None:
     )
 
 
-def run(model: Path, data: CalibrationData, score: Score, scheme: str, smooth: Any) -> float:
+def run(model: Path, data: TokenWindows, score: Score, scheme: str, smooth: Any) -> float:
     """Return the perplexity of a model quantized by a recipe."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -84,7 +84,7 @@ def run(model: Path, data: CalibrationData, score: Score, scheme: str, smooth: A
         return round(score(load_model(out)), 3)
 
 
-def cases(folder: Path) -> Iterator[tuple[str, Path, CalibrationData, Score]]:
+def cases(folder: Path) -> Iterator[tuple[str, Path, TokenWindows, Score]]:
     """Yield names, model directories, calibration data, and what measures a model."""
     for name in ("tiny-llama", "tiny-bloom"):
         yield name, EXAMPLES / name, text_data(EXAMPLES / name), text_score(EXAMPLES / name)
@@ -95,7 +95,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Path, CalibrationData, Score]]:
     yield "tiny-llama, outliers planted", planted, text_data(source), text_score(source)
 
 
-def text_data(model: Path) -> CalibrationData:
+def text_data(model: Path) -> TokenWindows:
     """Return calibration windows of the text that the example model wrote."""
     return read_calibration(EXAMPLES / "calib.jsonl", model, samples=CALIBRATION, length=WINDOW)
 
@@ -112,11 +112,11 @@ def tokens_of(model: Path, text: Path) -> torch.Tensor:
     return encode_text(AutoTokenizer.from_pretrained(model), text.read_text(encoding="utf-8"))
 
 
-def repeated(rows: int, seed: int) -> CalibrationData:
+def repeated(rows: int, seed: int) -> TokenWindows:
     """Return sequences of random tokens that are repeated once, as copy-llama was trained on."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randint(1, 512, (rows, WINDOW // 2), generator=generator)
-    return CalibrationData(tuple(torch.cat([half, half], 1).split(4)), "repeated sequences")
+    return TokenWindows(tuple(torch.cat([half, half], 1).split(4)), "repeated sequences")
 
 
 def copy_score(model: Any) -> float:

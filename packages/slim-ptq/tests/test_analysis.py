@@ -23,7 +23,7 @@ from slim_ptq.analysis import Analysis, Metric, Sensitivity
 from slim_ptq.analysis.plot import save_plot
 from slim_ptq.analysis.ranking import as_python, as_yaml
 from slim_ptq.analysis.show import render_analysis
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.cli import app
 from slim_ptq.structure import find_linears
 
@@ -35,13 +35,13 @@ def run(*args: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Callable[..., torch.Tensor]) -> CalibrationData:
+def data(tiny_ids: Callable[..., torch.Tensor]) -> TokenWindows:
     batches = tuple(tiny_ids(24, seed=seed, batch=2) for seed in range(3))
-    return CalibrationData(batches, "random tokens")
+    return TokenWindows(batches, "random tokens")
 
 
 @pytest.fixture(scope="module")
-def calib(data: CalibrationData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calib(data: TokenWindows, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("calib") / "calib.jsonl"
     rows = [row.tolist() for batch in data.batches for row in batch]
     file.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
@@ -50,7 +50,7 @@ def calib(data: CalibrationData, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_groups_are_ranked_together(
-    saved_model: Callable[..., Path], data: CalibrationData, metric: str
+    saved_model: Callable[..., Path], data: TokenWindows, metric: str
 ) -> None:
     found = analyze(saved_model("llama"), calibration=data, metric=metric)
     assert len(found.groups) == 8
@@ -65,7 +65,7 @@ def test_groups_are_ranked_together(
 
 @pytest.mark.parametrize(("metric", "method"), [("std", "std"), ("quantile", "quantile")])
 def test_block_by_block_is_the_same_as_in_memory(
-    saved_model: Callable[..., Path], data: CalibrationData, metric: str, method: str
+    saved_model: Callable[..., Path], data: TokenWindows, metric: str, method: str
 ) -> None:
     path = saved_model("llama")
     selector = LayerSelector(load_model(path), range_method=method)
@@ -77,7 +77,7 @@ def test_block_by_block_is_the_same_as_in_memory(
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_dynamic", "w8a16", "w8a16_g32"])
 def test_layer_error_is_that_of_the_report(
-    saved_model: Callable[..., Path], data: CalibrationData, scheme: str, tmp_path: Path
+    saved_model: Callable[..., Path], data: TokenWindows, scheme: str, tmp_path: Path
 ) -> None:
     path = saved_model("llama")
     found = analyze(path, calibration=data, metric="layer_error", scheme=scheme)
@@ -93,7 +93,7 @@ def test_layer_error_is_that_of_the_report(
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
 def test_model_error_is_that_of_a_model_with_one_group_quantized(
     saved_model: Callable[..., Path],
-    data: CalibrationData,
+    data: TokenWindows,
     family: str,
     scheme: str,
     tmp_path: Path,
@@ -122,7 +122,7 @@ def test_model_error_is_that_of_a_model_with_one_group_quantized(
 def test_a_planted_outlier_is_found_by_every_metric(
     tiny_model: Callable[..., Any],
     plant_outliers: Callable[..., None],
-    data: CalibrationData,
+    data: TokenWindows,
     tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
@@ -136,14 +136,14 @@ def test_a_planted_outlier_is_found_by_every_metric(
 
 
 def test_layers_in_float_are_not_ranked(
-    saved_model: Callable[..., Path], data: CalibrationData
+    saved_model: Callable[..., Path], data: TokenWindows
 ) -> None:
     recipe = Recipe.build(scheme="w8a8", exclude=["*.mlp.*"])
     found = analyze(saved_model("llama"), calibration=data, recipe=recipe)
     assert {group.group.split(".")[3] for group in found.groups} == {"self_attn"}
 
 
-def test_smoothed_layers(saved_model: Callable[..., Path], data: CalibrationData) -> None:
+def test_smoothed_layers(saved_model: Callable[..., Path], data: TokenWindows) -> None:
     recipe = Recipe.build(scheme="w8a8", smooth={"method": "smoothquant"})
     found = analyze(saved_model("llama"), calibration=data, recipe=recipe, metric="layer_error")
     assert len(found.groups) == 8
@@ -152,7 +152,7 @@ def test_smoothed_layers(saved_model: Callable[..., Path], data: CalibrationData
 
 
 def test_rotated_layers(
-    saved_model: Callable[..., Path], data: CalibrationData, tmp_path: Path
+    saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path
 ) -> None:
     path = saved_model("llama")
     recipe = Recipe.build(scheme="w8a8", rotate={})
@@ -164,7 +164,7 @@ def test_rotated_layers(
 
 
 def test_the_lists_can_be_pasted(
-    saved_model: Callable[..., Path], data: CalibrationData, tmp_path: Path
+    saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path
 ) -> None:
     path = saved_model("qwen2_moe")
     found = analyze(path, calibration=data, metric="kurtosis", scheme="w8a8_dynamic")

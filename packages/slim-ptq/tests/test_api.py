@@ -33,7 +33,7 @@ from slim_ptq import (
     load_model,
     quantize,
 )
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.prepare import prepare
 
 Factory = Callable[..., Any]
@@ -41,8 +41,8 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Factory) -> CalibrationData:
-    return CalibrationData((tiny_ids(16, seed=1, batch=4),), "ids")
+def data(tiny_ids: Factory) -> TokenWindows:
+    return TokenWindows((tiny_ids(16, seed=1, batch=4),), "ids")
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class TestPackage:
 
 
 class TestQuantize:
-    def test_the_report(self, saved_model: Factory, data: CalibrationData, tmp_path: Path) -> None:
+    def test_the_report(self, saved_model: Factory, data: TokenWindows, tmp_path: Path) -> None:
         source = saved_model("qwen2")
         report = quantize(source, tmp_path / "out", calibration=data)
         assert report.scheme == "w8a8"
@@ -119,7 +119,7 @@ class TestQuantize:
         assert verify_checkpoint(tmp_path / "parts_out").sound
 
     def test_a_source_of_bin_files(
-        self, saved_model: Factory, data: CalibrationData, tmp_path: Path
+        self, saved_model: Factory, data: TokenWindows, tmp_path: Path
     ) -> None:
         source = saved_model("llama")
         (tmp_path / "bin").mkdir()
@@ -195,7 +195,7 @@ class TestPrepare:
         ],
     )
     def test_which_pipeline(
-        self, saved_model: Factory, data: CalibrationData, recipe: Any, blockwise: bool
+        self, saved_model: Factory, data: TokenWindows, recipe: Any, blockwise: bool
     ) -> None:
         job = prepare(saved_model("llama"), recipe=Recipe.build(**recipe), calibration=data)
         assert job.blockwise is blockwise
@@ -281,7 +281,7 @@ class TestDequantize:
     def test_an_ordinary_model_again(
         self,
         saved_model: Factory,
-        data: CalibrationData,
+        data: TokenWindows,
         tiny_ids: Factory,
         tmp_path: Path,
         family: str,

@@ -37,7 +37,7 @@ from slim_ptq import (
 )
 from slim_ptq.attention import find_quantizers, install_quantizers, reachable_attention
 from slim_ptq.attention.head_range import HeadRange, shortest_interval
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 
 TinyModel = Callable[..., Any]
 LOGGER = logging.getLogger("test")
@@ -275,14 +275,14 @@ def test_caches_and_attention_exclude_each_other() -> None:
 
 
 @pytest.fixture
-def tokens(tiny_ids: Any) -> CalibrationData:
+def tokens(tiny_ids: Any) -> TokenWindows:
     """Four samples of equal length, three and one of them in a batch."""
     rows = [tiny_ids(20, seed=s) for s in range(4)]
-    return CalibrationData((torch.cat(rows[:3]), rows[3]), "test")
+    return TokenWindows((torch.cat(rows[:3]), rows[3]), "test")
 
 
 def test_both_interfaces_give_the_same_scales(
-    saved_model: Any, tiny_model: TinyModel, tiny_ids: Any, tokens: CalibrationData, tmp_path: Path
+    saved_model: Any, tiny_model: TinyModel, tiny_ids: Any, tokens: TokenWindows, tmp_path: Path
 ) -> None:
     quantize(
         saved_model("qwen2"),
@@ -305,7 +305,7 @@ def test_both_interfaces_give_the_same_scales(
 
 
 def test_recipes_exclude_and_fall_back(
-    saved_model: Any, tokens: CalibrationData, tmp_path: Path
+    saved_model: Any, tokens: TokenWindows, tmp_path: Path
 ) -> None:
     model = saved_model("llama")
     recipe = Recipe.build(attention={"exclude": ["*layers.0.self_attn"]})
@@ -321,7 +321,7 @@ def test_recipes_exclude_and_fall_back(
 
 
 def test_unreachable_attention_is_said_before_any_work(
-    saved_model: Any, tokens: CalibrationData, tmp_path: Path
+    saved_model: Any, tokens: TokenWindows, tmp_path: Path
 ) -> None:
     with pytest.raises(StructureError, match=r"transformer\.h\.0\.self_attention"):
         quantize(

@@ -34,15 +34,15 @@ from slim_core.errors import (
 from slim_core.recipe import Recipe
 from slim_core.verify import verify_checkpoint
 from slim_ptq import dequantize, load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 
 Factory = Callable[..., Any]
 DOWN = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Factory) -> CalibrationData:
-    return CalibrationData((tiny_ids(16, batch=2),), "ids")
+def data(tiny_ids: Factory) -> TokenWindows:
+    return TokenWindows((tiny_ids(16, batch=2),), "ids")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ class TestArguments:
         ],
     )
     def test_all_problems_of_a_plan_are_listed(
-        self, saved_model: Factory, data: CalibrationData, tmp_path: Path, recipe: Any, says: str
+        self, saved_model: Factory, data: TokenWindows, tmp_path: Path, recipe: Any, says: str
     ) -> None:
         with pytest.raises(PlanError, match=says):
             quantize(
@@ -140,7 +140,7 @@ class TestArguments:
                 )
 
 
-class TestCalibrationData:
+class TestTokenWindows:
     @pytest.mark.parametrize(
         ("content", "says"),
         [
@@ -198,7 +198,7 @@ class TestDamage:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_dynamic", "w8a16_g32"])
     def test_a_weight_that_is_not_finite(
-        self, source: Path, data: CalibrationData, tmp_path: Path, value: float, scheme: str
+        self, source: Path, data: TokenWindows, tmp_path: Path, value: float, scheme: str
     ) -> None:
         edit(source, lambda tensors: tensors[f"{DOWN}.weight"][3].fill_(value))
         with pytest.raises(NumericalError, match=f"the weight of {DOWN} has 128 NaN or infinite"):
@@ -206,7 +206,7 @@ class TestDamage:
         assert left_over(tmp_path) == []
 
     def test_an_activation_that_is_not_finite(
-        self, source: Path, data: CalibrationData, tmp_path: Path
+        self, source: Path, data: TokenWindows, tmp_path: Path
     ) -> None:
         norm = "model.layers.1.post_attention_layernorm.weight"
         edit(source, lambda tensors: tensors[norm][5].fill_(float("inf")))
@@ -217,7 +217,7 @@ class TestDamage:
         assert left_over(tmp_path) == []
 
     def test_an_output_that_overflows_names_the_block(
-        self, source: Path, data: CalibrationData, tmp_path: Path
+        self, source: Path, data: TokenWindows, tmp_path: Path
     ) -> None:
         edit(source, lambda tensors: tensors[f"{DOWN}.weight"].mul_(6e38))
         with pytest.raises(NumericalError, match=r"model\.layers\.1"):
@@ -235,7 +235,7 @@ class TestDamage:
             load_model(tmp_path / "out")
 
     def test_a_weight_of_another_shape(
-        self, source: Path, data: CalibrationData, tmp_path: Path
+        self, source: Path, data: TokenWindows, tmp_path: Path
     ) -> None:
         edit(source, lambda tensors: tensors.update({f"{DOWN}.weight": torch.ones(64, 96)}))
         with pytest.raises(CheckpointError, match=f"{DOWN}.weight has shape"):
@@ -262,7 +262,7 @@ class TestDamage:
             quantize(source, tmp_path / "out", scheme="w8a16")
 
     def test_code_of_the_model_is_not_run_unasked(
-        self, saved_model: Factory, data: CalibrationData, tmp_path: Path
+        self, saved_model: Factory, data: TokenWindows, tmp_path: Path
     ) -> None:
         with pytest.raises(StructureError, match="trust_remote_code"):
             quantize(saved_model("chatglm"), tmp_path / "out", calibration=data)
@@ -362,7 +362,7 @@ class TestInterruption:
     def test_an_existing_output_stays_as_it_was(
         self,
         saved_model: Factory,
-        data: CalibrationData,
+        data: TokenWindows,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         scheme: str,
@@ -440,8 +440,8 @@ def child(model: Path, target: Path, *, prelude: str) -> list[str]:
     code = (
         f"{prelude}import torch\n"
         "from slim_ptq import quantize\n"
-        "from slim_ptq.calibration.text import CalibrationData\n"
-        "data = CalibrationData((torch.arange(2, 34).reshape(2, 16),), 'ids')\n"
+        "from slim_ptq.calibration.text import TokenWindows\n"
+        "data = TokenWindows((torch.arange(2, 34).reshape(2, 16),), 'ids')\n"
         f"quantize({str(model)!r}, {str(target)!r}, calibration=data)\n"
     )
     return [sys.executable, "-c", code]

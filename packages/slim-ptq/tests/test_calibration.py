@@ -18,7 +18,7 @@ from slim_core.scheme import QuantScheme
 from slim_ptq.calibration.capture import capture_calls, first_call, output_form
 from slim_ptq.calibration.observed import ObservedLinear
 from slim_ptq.calibration.text import (
-    CalibrationData,
+    TokenWindows,
     read_calibration,
     texts_to_calibration,
     windows,
@@ -50,7 +50,7 @@ class TestWindows:
             windows([], 1, 1, 1)
 
     def test_head(self) -> None:
-        data = CalibrationData(windows(range(100), 10, 10, 4), "x")
+        data = TokenWindows(windows(range(100), 10, 10, 4), "x")
         assert (data.rows, data.tokens) == (10, 100)
         first = data.head(5)
         assert [batch.shape[0] for batch in first.batches] == [4, 1]

@@ -15,7 +15,7 @@ from slim_core.groups import is_expert
 from slim_core.quantized import QuantizedCheckpoint
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "glm", "phi3", "phi", "gpt2"),
@@ -29,8 +29,8 @@ LIMITS = {"w8a8": 0.08, "w8a8_dynamic": 0.05, "w8a16": 0.03, "w8a16_g32": 0.03}
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Callable[..., torch.Tensor]) -> CalibrationData:
-    return CalibrationData((tiny_ids(20, seed=1, batch=3), tiny_ids(20, seed=2, batch=1)), "ids")
+def data(tiny_ids: Callable[..., torch.Tensor]) -> TokenWindows:
+    return TokenWindows((tiny_ids(20, seed=1, batch=3), tiny_ids(20, seed=2, batch=1)), "ids")
 
 
 def settings(family: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def run(
     saved_model: Callable[..., Path],
-    data: CalibrationData,
+    data: TokenWindows,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, str], Path]:
     """Quantize a family once for each scheme."""
@@ -112,7 +112,7 @@ def test_from_a_saved_model_to_logits(
 def test_both_faces_give_the_same_weights(
     run: Callable[[str, str], Path],
     tiny_model: Callable[..., Any],
-    data: CalibrationData,
+    data: TokenWindows,
     tmp_path: Path,
     family: str,
 ) -> None:
@@ -140,7 +140,7 @@ def test_both_faces_give_the_same_weights(
 def test_per_token_weights_are_the_same_in_both_pipelines(
     saved_model: Callable[..., Path],
     run: Callable[[str, str], Path],
-    data: CalibrationData,
+    data: TokenWindows,
     tmp_path: Path,
     family: str,
 ) -> None:
@@ -208,7 +208,7 @@ def test_a_tied_head_is_described_and_not_stored_again(
     saved_model: Callable[..., Path],
     tiny_model: Callable[..., Any],
     tiny_ids: Callable[..., torch.Tensor],
-    data: CalibrationData,
+    data: TokenWindows,
     tmp_path: Path,
     family: str,
     scheme: str,

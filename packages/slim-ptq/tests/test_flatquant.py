@@ -19,7 +19,7 @@ from slim_core.recipe import Recipe
 from slim_core.scheme import QuantScheme
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.flatquant import linear as training
 from slim_ptq.flatquant import train_model
 from slim_ptq.flatquant.linear import SharedInput, TrainedLinear
@@ -35,9 +35,9 @@ SHORT = {"name": "flatquant", "epochs": 2}
 GROUP = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 
 
-def windows(rows: int = 4, length: int = 16) -> CalibrationData:
+def windows(rows: int = 4, length: int = 16) -> TokenWindows:
     ids = torch.randint(128, (rows, length), generator=torch.Generator().manual_seed(3))
-    return CalibrationData(tuple(ids.split(1)), "random ids")
+    return TokenWindows(tuple(ids.split(1)), "random ids")
 
 
 def samples() -> list[list[torch.Tensor]]:

@@ -26,7 +26,7 @@ from slim_ptq import (
     load_model,
     quantize,
 )
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.kv import CacheQuantizer, CacheRanges, attach, cache_scheme, find_cache_sources
 from slim_ptq.structure import find_linears
 
@@ -244,10 +244,10 @@ def test_samples_are_needed(tiny_model: TinyModel) -> None:
 
 
 @pytest.fixture
-def tokens(tiny_ids: Any) -> CalibrationData:
+def tokens(tiny_ids: Any) -> TokenWindows:
     """Four samples of equal length, three and one of them in a batch."""
     rows = [tiny_ids(20, seed=s) for s in range(4)]
-    return CalibrationData((torch.cat(rows[:3]), rows[3]), "test")
+    return TokenWindows((torch.cat(rows[:3]), rows[3]), "test")
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
@@ -256,7 +256,7 @@ def test_both_interfaces_give_the_same_numbers(
     saved_model: Any,
     tiny_model: TinyModel,
     tiny_ids: Any,
-    tokens: CalibrationData,
+    tokens: TokenWindows,
     tmp_path: Path,
     family: str,
     scheme: str,
@@ -282,7 +282,7 @@ def test_both_interfaces_give_the_same_numbers(
 
 
 def test_dequantizing_leaves_the_cache_out(
-    saved_model: Any, tokens: CalibrationData, tmp_path: Path
+    saved_model: Any, tokens: TokenWindows, tmp_path: Path
 ) -> None:
     recipe = Recipe.build(scheme="w8a16", kv_cache={})
     quantize(saved_model("phi3"), tmp_path / "q", recipe=recipe, calibration=tokens)

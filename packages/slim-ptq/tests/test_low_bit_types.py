@@ -17,7 +17,7 @@ from slim_core.quantized import QuantizedCheckpoint
 from slim_core.tables import NF4
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.dequantizing import dequantize
 from slim_ptq.mixed import resolve_mix, with_model_default
 
@@ -243,7 +243,7 @@ def test_from_a_saved_model_to_logits_and_back_to_float(
         scheme=scheme,
         method="minmax",  # FlatQuant would have to train
         format=form,
-        calibration=CalibrationData((ids,), "ids") if scheme == "w8a8_mix" else None,
+        calibration=TokenWindows((ids,), "ids") if scheme == "w8a8_mix" else None,
     )
     assert verify_checkpoint(out).problems == ()
     assert report.bytes_after < report.bytes_before

@@ -14,7 +14,7 @@ from slim_core.quantized import QuantizedCheckpoint
 from slim_core.recipe import Recipe
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.modules import FakeQuantLinear
 
@@ -22,9 +22,9 @@ VOCAB = 128
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
-def windows(rows: int = 8, length: int = 24) -> CalibrationData:
+def windows(rows: int = 8, length: int = 24) -> TokenWindows:
     ids = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
-    return CalibrationData(tuple(ids.split(1)), "random ids")
+    return TokenWindows(tuple(ids.split(1)), "random ids")
 
 
 def run(model: Path, out: Path, **given: Any) -> Any:
@@ -110,7 +110,7 @@ class TestProblemsAreFoundBeforehand:
 def test_an_expert_without_tokens_is_rounded_and_that_is_said(
     saved_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    data = CalibrationData((torch.full((1, 2), 5),), "one token")  # cannot reach all experts
+    data = TokenWindows((torch.full((1, 2), 5),), "one token")  # cannot reach all experts
     report = quantize(
         saved_model("qwen3_moe"),
         tmp_path / "out",

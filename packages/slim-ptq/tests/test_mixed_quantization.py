@@ -22,7 +22,7 @@ from slim_core.quantized import QuantizedCheckpoint
 from slim_core.recipe import Recipe
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 
 GROUP = {"w_bit": 8, "a_bit": 16, "is_lowbit": True, "open_outlier": False, "group_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -34,12 +34,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Callable[..., torch.Tensor]) -> CalibrationData:
-    return CalibrationData((tiny_ids(20, seed=3, batch=4).clamp(min=6),), "random tokens")
+def data(tiny_ids: Callable[..., torch.Tensor]) -> TokenWindows:
+    return TokenWindows((tiny_ids(20, seed=3, batch=4).clamp(min=6),), "random tokens")
 
 
 def classic(
-    model: Any, out: Path, scheme: str, data: CalibrationData, **options: Any
+    model: Any, out: Path, scheme: str, data: TokenWindows, **options: Any
 ) -> QuantizedCheckpoint:
     """Quantize with the classic interface and read what it saves."""
     config = QuantConfig(mm_tensor=False, disable_last_linear=True, **CONFIGS[scheme])
@@ -69,7 +69,7 @@ class TestDownProjections:
 
     @pytest.mark.parametrize("kind", ["w8a16", "w8a8_dynamic"])
     def test_both_interfaces(
-        self, saved_model: Callable[..., Path], data: CalibrationData, tmp_path: Path, kind: str
+        self, saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path, kind: str
     ) -> None:
         path = saved_model("qwen2")
         rules = [{"match": "*.down_proj", "scheme": kind}]
@@ -91,7 +91,7 @@ class TestDownProjections:
 
     @pytest.mark.parametrize("kind", ["w8a16", "w8a8_dynamic", "float"])
     def test_it_helps_where_their_input_has_outliers(
-        self, tiny_model: Callable[..., Any], data: CalibrationData, tmp_path: Path, kind: str
+        self, tiny_model: Callable[..., Any], data: TokenWindows, tmp_path: Path, kind: str
     ) -> None:
         model = tiny_model("llama")
         with torch.no_grad():
@@ -118,7 +118,7 @@ class TestExperts:
     def test_both_interfaces(
         self,
         saved_model: Callable[..., Path],
-        data: CalibrationData,
+        data: TokenWindows,
         tmp_path: Path,
         family: str,
         scheme: str,
@@ -150,7 +150,7 @@ class TestExperts:
         assert distance(floats, reloaded, input_ids=ids) < 1e-5  # floats is quantized by now
 
     def test_experts_of_another_type_than_attention(
-        self, saved_model: Callable[..., Path], data: CalibrationData, tmp_path: Path
+        self, saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path
     ) -> None:
         path = saved_model("qwen3_moe")
         rules = [{"match": "*.experts.*", "scheme": "w8a16_g32"}]
@@ -245,7 +245,7 @@ class TestLanguagePart:
     def test_the_vision_tower_stays_as_it_is(
         self,
         multimodal: tuple[Path, dict[str, torch.Tensor]],
-        data: CalibrationData,
+        data: TokenWindows,
         tmp_path: Path,
         scheme: str,
     ) -> None:
@@ -271,7 +271,7 @@ class TestLanguagePart:
     def test_both_interfaces(
         self,
         multimodal: tuple[Path, dict[str, torch.Tensor]],
-        data: CalibrationData,
+        data: TokenWindows,
         tmp_path: Path,
     ) -> None:
         path, inputs = multimodal

@@ -20,7 +20,7 @@ from slim_core.checkpoint import open_checkpoint
 from slim_core.errors import CalibrationError
 from slim_core.recipe import ObserverKind, Recipe
 from slim_ptq import quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.observers import make_observer
 from slim_ptq.parallel import Team, own_device
 
@@ -171,7 +171,7 @@ class TestParts:
     @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 6))
     def test_every_window_goes_to_one_process_in_order(self, rows: list[int], size: int) -> None:
         ids = torch.arange(sum(rows))[:, None].expand(-1, 3)
-        data = CalibrationData(ids.split(rows), "x")
+        data = TokenWindows(ids.split(rows), "x")
         if data.rows < size:
             with pytest.raises(CalibrationError, match=f"{size} processes need"):
                 data.part(0, size)

@@ -18,7 +18,7 @@ from slim_core.quantized import QuantizedCheckpoint
 from slim_core.recipe import ObserverKind, Recipe
 from slim_core.verify import verify_checkpoint
 from slim_ptq import load_model, quantize
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.inventory import inventory_by_names, take_inventory
 from slim_ptq.pipeline.blocks import BlockRunner
 
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Factory) -> CalibrationData:
-    return CalibrationData((tiny_ids(16, seed=1, batch=2), tiny_ids(16, seed=2, batch=2)), "ids")
+def data(tiny_ids: Factory) -> TokenWindows:
+    return TokenWindows((tiny_ids(16, seed=1, batch=2), tiny_ids(16, seed=2, batch=2)), "ids")
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -44,7 +44,7 @@ class TestMemory:
     def test_blockwise_holds_one_block(
         self,
         saved_model: Factory,
-        data: CalibrationData,
+        data: TokenWindows,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -99,7 +99,7 @@ class TestMemory:
         assert peaks[0] == peaks[1] <= 4 * largest
 
     def test_no_pipeline_leaves_parameters_behind(
-        self, saved_model: Factory, data: CalibrationData
+        self, saved_model: Factory, data: TokenWindows
     ) -> None:
         checkpoint = open_checkpoint(saved_model("llama"))
         inventory = take_inventory(checkpoint)
@@ -122,7 +122,7 @@ class TestDeterminism:
     def test_same_input_same_bytes(
         self,
         saved_model: Factory,
-        data: CalibrationData,
+        data: TokenWindows,
         tmp_path: Path,
         family: str,
         recipe: dict[str, Any],
@@ -149,7 +149,7 @@ class TestDeterminism:
                 quantize(
                     saved_model(family),
                     out,
-                    calibration=CalibrationData(rows.split(batch), "ids"),
+                    calibration=TokenWindows(rows.split(batch), "ids"),
                     trust_remote_code=family == "chatglm",
                 )
                 stored = QuantizedCheckpoint(out).checkpoint
@@ -161,7 +161,7 @@ class TestDeterminism:
 
 class TestRanges:
     def test_of_every_layer_against_hooks_on_the_float_model(
-        self, saved_model: Factory, tiny_model: Factory, data: CalibrationData, tmp_path: Path
+        self, saved_model: Factory, tiny_model: Factory, data: TokenWindows, tmp_path: Path
     ) -> None:
         model = tiny_model("qwen2")
         seen: dict[str, list[tuple[float, float]]] = {}
@@ -195,7 +195,7 @@ class TestRanges:
 
     @pytest.mark.parametrize("kind", list(ObserverKind))
     def test_every_observer_gives_a_sound_checkpoint(
-        self, saved_model: Factory, data: CalibrationData, tmp_path: Path, kind: ObserverKind
+        self, saved_model: Factory, data: TokenWindows, tmp_path: Path, kind: ObserverKind
     ) -> None:
         recipe = Recipe.build(observer=kind)
         report = quantize(saved_model("llama"), tmp_path / "out", recipe=recipe, calibration=data)
@@ -207,7 +207,7 @@ class TestRanges:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
 def test_half_precision_checkpoints(
-    saved_model: Factory, data: CalibrationData, tmp_path: Path, dtype: torch.dtype, scheme: str
+    saved_model: Factory, data: TokenWindows, tmp_path: Path, dtype: torch.dtype, scheme: str
 ) -> None:
     source = saved_model("qwen2", dtype=dtype)
     quantize(source, tmp_path / "out", scheme=scheme, calibration=data)
@@ -227,7 +227,7 @@ def test_smoothing_keeps_the_float_model_and_helps_planted_outliers(
     tiny_model: Factory,
     tiny_ids: Factory,
     plant_outliers: Callable[..., None],
-    data: CalibrationData,
+    data: TokenWindows,
     tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
@@ -250,7 +250,7 @@ def test_smoothing_keeps_the_float_model_and_helps_planted_outliers(
 
 
 def test_fallback_is_an_entry_of_the_report(
-    saved_model: Factory, data: CalibrationData, tmp_path: Path
+    saved_model: Factory, data: TokenWindows, tmp_path: Path
 ) -> None:
     recipe = Recipe.build(fallback=2)
     report = quantize(saved_model("llama"), tmp_path / "out", recipe=recipe, calibration=data)
@@ -272,7 +272,7 @@ class TestInventory:
             assert by_names == take_inventory(checkpoint).linears
 
     def test_a_model_that_transformers_lacks_streams_by_names(
-        self, saved_model: Factory, data: CalibrationData, tmp_path: Path
+        self, saved_model: Factory, data: TokenWindows, tmp_path: Path
     ) -> None:
         quantize(saved_model("chatglm"), tmp_path / "out", scheme="w8a16")  # code not trusted
         assert verify_checkpoint(tmp_path / "out").sound

@@ -21,7 +21,7 @@ from slim_ptq import (
     load_model,
     quantize,
 )
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.structure import LinkKind
 from slim_ptq.transforms import smoothed_norms
 
@@ -48,7 +48,7 @@ def samples(windows):
 
 @pytest.fixture(scope="module")
 def data(windows):
-    return CalibrationData(tuple(windows), "windows of the tests")
+    return TokenWindows(tuple(windows), "windows of the tests")
 
 
 def logits_of(model, ids):

@@ -17,7 +17,7 @@ from slim_core.errors import InvalidTypeError, InvalidValueError, OutputExistsEr
 from slim_core.recipe import Recipe
 from slim_core.verify import verify_checkpoint
 from slim_ptq import evaluate_text, quantize, tune
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.cli import app
 from slim_ptq.tuning import Target
 from slim_ptq.tuning import run as tuning
@@ -130,8 +130,8 @@ def model(
 
 
 @pytest.fixture(scope="module")
-def data(tiny_ids: Callable[..., torch.Tensor]) -> CalibrationData:
-    return CalibrationData((tiny_ids(32, seed=1, batch=4),), "random tokens")
+def data(tiny_ids: Callable[..., torch.Tensor]) -> TokenWindows:
+    return TokenWindows((tiny_ids(32, seed=1, batch=4),), "random tokens")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ HARD = {"model.layers.0.mlp.gate_up", "model.layers.1.self_attn.qkv"}
 
 
 @pytest.fixture(scope="module")
-def bound(model: Path, data: CalibrationData, text: Path, tmp_path_factory: Any) -> float:
+def bound(model: Path, data: TokenWindows, text: Path, tmp_path_factory: Any) -> float:
     """Return a perplexity that is met with the two hard groups in float, and with no fewer."""
     target = tmp_path_factory.mktemp("best") / "out"
     exclude = ["*.0.mlp.gate_proj", "*.0.mlp.up_proj", "*.1.self_attn.[qkv]_proj"]
@@ -154,7 +154,7 @@ def bound(model: Path, data: CalibrationData, text: Path, tmp_path_factory: Any)
 
 
 def test_the_hard_layers_are_found(
-    model: Path, data: CalibrationData, text: Path, bound: float, tmp_path: Path
+    model: Path, data: TokenWindows, text: Path, bound: float, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     found = tune(model, out, target=f"ppl<={bound}", calibration=data, data=text)
@@ -171,7 +171,7 @@ def test_the_hard_layers_are_found(
 
 
 def test_smoothed_recipes_are_ranked_by_the_error_of_layers(
-    model: Path, data: CalibrationData, text: Path, tmp_path: Path
+    model: Path, data: TokenWindows, text: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe.build(scheme="w8a8", smooth="smoothquant")
     given: dict[str, Any] = {"target": "ppl+900%", "calibration": data, "data": text}
@@ -180,7 +180,7 @@ def test_smoothed_recipes_are_ranked_by_the_error_of_layers(
 
 
 def test_nothing_falls_back_if_the_target_is_met(
-    model: Path, data: CalibrationData, text: Path, tmp_path: Path
+    model: Path, data: TokenWindows, text: Path, tmp_path: Path
 ) -> None:
     found = tune(model, tmp_path / "out", target="ppl+900%", calibration=data, data=text)
     assert (found.groups, len(found.trials)) == ((), 1)
@@ -189,7 +189,7 @@ def test_nothing_falls_back_if_the_target_is_met(
 @pytest.mark.parametrize("fallback", ["w8a16", "w8a8_dynamic"])
 def test_fallback_to_another_scheme(
     model: Path,
-    data: CalibrationData,
+    data: TokenWindows,
     text: Path,
     tmp_path: Path,
     fallback: str,
@@ -215,7 +215,7 @@ def test_fallback_to_another_scheme(
 
 @pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w8a16_g32"])
 def test_other_schemes(
-    model: Path, data: CalibrationData, text: Path, tmp_path: Path, scheme: str
+    model: Path, data: TokenWindows, text: Path, tmp_path: Path, scheme: str
 ) -> None:
     whole = tmp_path / "whole"
     quantize(model, whole, scheme=scheme)
@@ -229,7 +229,7 @@ def test_other_schemes(
 
 
 def test_prune_drops_what_is_not_needed(
-    model: Path, data: CalibrationData, text: Path, bound: float, tmp_path: Path, monkeypatch: Any
+    model: Path, data: TokenWindows, text: Path, bound: float, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """With a ranking that puts easy layers first, the prefix is long and pruning cuts it."""
     rank = tuning._rank
@@ -248,7 +248,7 @@ def test_prune_drops_what_is_not_needed(
     assert pruned.value <= pruned.bound
 
 
-def test_accuracy(model: Path, data: CalibrationData, tmp_path: Path) -> None:
+def test_accuracy(model: Path, data: TokenWindows, tmp_path: Path) -> None:
     lines = [{"passage": "abc" * n, "question": "is it", "answer": n % 2 == 0} for n in range(1, 7)]
     file = tmp_path / "boolq.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
@@ -263,7 +263,7 @@ class TestResumption:
     def test_values_are_not_measured_twice(
         self,
         model: Path,
-        data: CalibrationData,
+        data: TokenWindows,
         text: Path,
         bound: float,
         tmp_path: Path,
@@ -305,7 +305,7 @@ class TestResumption:
     def test_another_job_begins_anew(
         self,
         model: Path,
-        data: CalibrationData,
+        data: TokenWindows,
         text: Path,
         tmp_path: Path,
         caplog: pytest.LogCaptureFixture,
@@ -325,7 +325,7 @@ class TestResumption:
 
 class TestMistakes:
     def test_before_any_work(
-        self, model: Path, data: CalibrationData, text: Path, tmp_path: Path
+        self, model: Path, data: TokenWindows, text: Path, tmp_path: Path
     ) -> None:
         given: dict[str, Any] = {"target": "ppl+1%", "calibration": data, "data": text}
         out = tmp_path / "out"
@@ -348,7 +348,7 @@ class TestMistakes:
             tune(model, out, **given)
 
     def test_targets_that_cannot_be_met(
-        self, model: Path, data: CalibrationData, text: Path, tmp_path: Path, monkeypatch: Any
+        self, model: Path, data: TokenWindows, text: Path, tmp_path: Path, monkeypatch: Any
     ) -> None:
         given: dict[str, Any] = {"calibration": data, "data": text}
         with pytest.raises(InvalidValueError, match="the float model itself does not meet ppl<=1"):
@@ -371,7 +371,7 @@ class TestMistakes:
 
 class TestCommand:
     def test_text_and_json(
-        self, model: Path, data: CalibrationData, text: Path, bound: float, tmp_path: Path
+        self, model: Path, data: TokenWindows, text: Path, bound: float, tmp_path: Path
     ) -> None:
         calib = tmp_path / "calib.jsonl"
         rows = [row.tolist() for batch in data.batches for row in batch]

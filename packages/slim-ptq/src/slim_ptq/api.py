@@ -26,7 +26,7 @@ from slim_core.recipe import Recipe
 from slim_core.report import LayerReport, Report
 from slim_core.resume import ResumableDir, resumable_dir
 from slim_core.validate import check_float, check_int
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.devices import torch_device
 from slim_ptq.evaluate import Perplexity
 from slim_ptq.job_fingerprints import job_fingerprints
@@ -52,7 +52,7 @@ def quantize(
     method: str | None = None,
     smooth: str | None = None,
     format: str | None = None,
-    calibration: PathLike | Iterable[str] | CalibrationData | None = None,
+    calibration: PathLike | Iterable[str] | TokenWindows | None = None,
     samples: int = 32,
     length: int = 512,
     batch: int = 4,
@@ -89,7 +89,7 @@ def quantize(
     format : str, optional
         ``ascend_v1`` (default), ``safe_tensor``, ``float``, or one of the layouts of other tools:
         ``compressed_tensors``, ``gptq``, ``awq``.
-    calibration : path, texts or CalibrationData, optional
+    calibration : path, texts or TokenWindows, optional
         See :func:`slim_ptq.calibration.text.read_calibration`.
     samples, length, batch : int
         At most so many windows of so many tokens, so many at once.

@@ -7,7 +7,7 @@ from typing import Any
 
 from slim_core.errors import CalibrationError
 from slim_core.logging import get_logger
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 
 _log = get_logger("ptq")
 
@@ -26,7 +26,7 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return _setting(config, "max_position_embeddings", "n_positions")
 
 
-def check_tokens(data: CalibrationData, config: Mapping[str, Any]) -> None:
+def check_tokens(data: TokenWindows, config: Mapping[str, Any]) -> None:
     """Require that the model knows every token.
 
     Raises

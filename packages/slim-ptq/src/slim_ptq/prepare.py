@@ -15,7 +15,7 @@ from slim_core.logging import get_logger
 from slim_core.plan import Plan, build_plan
 from slim_core.recipe import Recipe
 from slim_core.validate import check_int
-from slim_ptq.calibration.text import CalibrationData, read_calibration, texts_to_calibration
+from slim_ptq.calibration.text import TokenWindows, read_calibration, texts_to_calibration
 from slim_ptq.inventory import Inventory, inventory_by_names, take_inventory
 from slim_ptq.limits import check_tokens, within_positions
 from slim_ptq.methods import PtqMethods
@@ -34,7 +34,7 @@ class Prepared:
     inventory: Inventory
     recipe: Recipe
     plan: Plan
-    data: CalibrationData | None
+    data: TokenWindows | None
 
     @property
     def blockwise(self) -> bool:
@@ -55,7 +55,7 @@ def prepare(
     method: str | None = None,
     smooth: str | None = None,
     format: str | None = None,
-    calibration: PathLike | Iterable[str] | CalibrationData | None = None,
+    calibration: PathLike | Iterable[str] | TokenWindows | None = None,
     samples: int = 32,
     length: int = 512,
     batch: int = 4,
@@ -126,8 +126,8 @@ def _resolve_recipe(
 
 def _calibration(
     source: Any, directory: Path, *, samples: int, length: int, batch: int
-) -> CalibrationData | None:
-    if source is None or isinstance(source, CalibrationData):
+) -> TokenWindows | None:
+    if source is None or isinstance(source, TokenWindows):
         return source
     if isinstance(source, Mixture):
         source = [sample["prompt"] for sample in source.process()]

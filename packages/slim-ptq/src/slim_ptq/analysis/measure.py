@@ -11,7 +11,7 @@ from slim_core.export import CheckpointExport
 from slim_core.files import write_json
 from slim_core.formats import FORMATS
 from slim_ptq.analysis.ranking import Metric
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.observers import InputScore, KurtosisScore, QuantileScore, SpreadObserver
 from slim_ptq.pipeline import run_blockwise
 from slim_ptq.pipeline.inputs import score_inputs
@@ -27,14 +27,14 @@ SCORES: Mapping[Metric, Callable[[], InputScore]] = {
 
 
 def input_scores(
-    job: Prepared, data: CalibrationData, metric: Metric, device: torch.device
+    job: Prepared, data: TokenWindows, metric: Metric, device: torch.device
 ) -> dict[str, float]:
     """Return a measure of the input of each layer, by name in the checkpoint."""
     return score_inputs(job.checkpoint, job.inventory, job.plan, data, device, SCORES[metric])
 
 
 def quantize_into(
-    directory: Path, job: Prepared, data: CalibrationData, device: torch.device
+    directory: Path, job: Prepared, data: TokenWindows, device: torch.device
 ) -> dict[str, float]:
     """Quantize the model into a directory and return the relative output error of each layer.
 

@@ -16,7 +16,7 @@ from slim_core.validate import check_choice, check_int
 from slim_ptq.analysis.measure import SCORES, input_scores, quantize_into
 from slim_ptq.analysis.ranking import Analysis, Metric, Sensitivity
 from slim_ptq.analysis.whole import Effect, model_effects
-from slim_ptq.calibration.text import CalibrationData, load_tokenizer, windows
+from slim_ptq.calibration.text import TokenWindows, load_tokenizer, windows
 from slim_ptq.devices import torch_device
 from slim_ptq.evaluate import encode_text, read_text
 from slim_ptq.limits import check_tokens, within_positions
@@ -29,7 +29,7 @@ from slim_ptq.structure import unfuse_experts
 def analyze(
     model: PathLike,
     *,
-    calibration: PathLike | Iterable[str] | CalibrationData,
+    calibration: PathLike | Iterable[str] | TokenWindows,
     metric: str | Metric = Metric.QUANTILE,
     scheme: str | None = None,
     recipe: Recipe | PathLike | None = None,
@@ -50,7 +50,7 @@ def analyze(
     ----------
     model : path
         Directory of a float model.
-    calibration : path, texts or CalibrationData
+    calibration : path, texts or TokenWindows
         As for :func:`slim_ptq.quantize`.
     metric : str
         ``std``, ``quantile``, ``kurtosis``, ``layer_error`` or ``model_error``.
@@ -156,7 +156,7 @@ def _rank(
 
 
 def _whole(
-    job: Prepared, data: CalibrationData, quantized: Path, device: str, trust_remote_code: bool
+    job: Prepared, data: TokenWindows, quantized: Path, device: str, trust_remote_code: bool
 ) -> tuple[Effect, dict[str, Effect]]:
     loaded = load_model(job.checkpoint.path, device=device, trust_remote_code=trust_remote_code)
     unfuse_experts(loaded)
@@ -167,9 +167,9 @@ def _whole(
     return model_effects(loaded, quantized, groups, data.batches)
 
 
-def _read_text(job: Prepared, text: Path, samples: int, length: int, batch: int) -> CalibrationData:
+def _read_text(job: Prepared, text: Path, samples: int, length: int, batch: int) -> TokenWindows:
     tokens = encode_text(load_tokenizer(job.checkpoint.path), read_text(text))
     size = within_positions(length, job.checkpoint.config)
-    data = CalibrationData(windows(tokens.tolist(), samples, size, batch), text.name)
+    data = TokenWindows(windows(tokens.tolist(), samples, size, batch), text.name)
     check_tokens(data, job.checkpoint.config)
     return data

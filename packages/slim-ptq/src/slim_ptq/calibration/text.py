@@ -30,7 +30,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CalibrationData:
+class TokenWindows:
     """Token windows to calibrate on.
 
     Parameters
@@ -54,16 +54,16 @@ class CalibrationData:
         """Number of tokens."""
         return sum(batch.numel() for batch in self.batches)
 
-    def head(self, rows: int) -> CalibrationData:
+    def head(self, rows: int) -> TokenWindows:
         """Return at most the first ``rows`` windows."""
         kept: list[torch.Tensor] = []
         for batch in self.batches:
             room = rows - sum(part.shape[0] for part in kept)
             if room > 0:
                 kept.append(batch[:room])
-        return CalibrationData(tuple(kept), self.source)
+        return TokenWindows(tuple(kept), self.source)
 
-    def part(self, rank: int, size: int) -> CalibrationData:
+    def part(self, rank: int, size: int) -> TokenWindows:
         """Return the windows that fall to one of ``size`` processes, in their order.
 
         Raises
@@ -85,7 +85,7 @@ class CalibrationData:
             first += batch.shape[0]
             if own.shape[0]:
                 kept.append(own)
-        return CalibrationData(tuple(kept), self.source)
+        return TokenWindows(tuple(kept), self.source)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report says of it."""
@@ -94,7 +94,7 @@ class CalibrationData:
 
 def read_calibration(
     path: PathLike, model_dir: Path, *, samples: int = 32, length: int = 512, batch: int = 4
-) -> CalibrationData:
+) -> TokenWindows:
     """Read a calibration file and cut it into windows.
 
     Parameters
@@ -132,7 +132,7 @@ def read_calibration(
     if not documents:
         raise CalibrationError(f"{file} is empty")
     ids = _tokenize(documents, model_dir, samples * length)
-    return CalibrationData(windows(ids, samples, length, batch), file.name)
+    return TokenWindows(windows(ids, samples, length, batch), file.name)
 
 
 def windows(ids: Sequence[int], samples: int, length: int, batch: int) -> tuple[torch.Tensor, ...]:
@@ -153,7 +153,7 @@ def windows(ids: Sequence[int], samples: int, length: int, batch: int) -> tuple[
 
 def texts_to_calibration(
     texts: Iterable[str], model_dir: Path, *, samples: int, length: int, batch: int
-) -> CalibrationData:
+) -> TokenWindows:
     """Cut texts given in memory into windows, as :func:`read_calibration` does with a file."""
     documents = []
     for index, text in enumerate(texts):
@@ -164,7 +164,7 @@ def texts_to_calibration(
     if not documents:
         raise CalibrationError("the calibration texts are empty")
     ids = _tokenize(documents, model_dir, samples * length)
-    return CalibrationData(windows(ids, samples, length, batch), "texts")
+    return TokenWindows(windows(ids, samples, length, batch), "texts")
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -19,7 +19,7 @@ from slim_ptq.calibration.capture import (
     output_form,
 )
 from slim_ptq.calibration.hidden import HiddenStates
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.inventory import Inventory
 from slim_ptq.loading import load_on_use, load_parameters, unload_parameters
 from slim_ptq.memory import trim
@@ -35,7 +35,7 @@ class BlockRunner:
     ----------
     checkpoint, inventory
         The model; ``inventory.model`` must be there.
-    data : CalibrationData
+    data : TokenWindows
     device : torch.device
         On which blocks run; on the CPU they compute in float32.
     hidden : HiddenStates, optional
@@ -57,7 +57,7 @@ class BlockRunner:
         self,
         checkpoint: Checkpoint,
         inventory: Inventory,
-        data: CalibrationData,
+        data: TokenWindows,
         device: torch.device,
         hidden: HiddenStates | None = None,
         team: Team | None = None,
@@ -163,7 +163,7 @@ class BlockRunner:
                 hint="the float model itself overflows on this calibration data",
             )
 
-    def _capture(self, data: CalibrationData) -> list[BlockCalls]:
+    def _capture(self, data: TokenWindows) -> list[BlockCalls]:
         """Run what lies before the blocks, and the first block once to see what it returns."""
         blocks = self._inventory.blocks
         handles = self._load_outside_on_use()

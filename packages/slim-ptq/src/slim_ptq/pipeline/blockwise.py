@@ -29,7 +29,7 @@ from slim_core.report import LayerReport
 from slim_core.resume import ResumableDir
 from slim_core.scheme import FLOAT
 from slim_ptq.calibration.hidden import HiddenStates
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.flatquant import train_block
 from slim_ptq.inventory import Inventory
@@ -61,7 +61,7 @@ def run_blockwise(
     inventory: Inventory,
     plan: Plan,
     recipe: Recipe,
-    data: CalibrationData,
+    data: TokenWindows,
     export: CheckpointExport,
     device: torch.device,
     work: ResumableDir | None = None,
@@ -129,7 +129,7 @@ def plan_with_fallback(
     inventory: Inventory,
     plan: Plan,
     count: int,
-    data: CalibrationData,
+    data: TokenWindows,
     device: torch.device,
 ) -> Plan:
     """Return the plan with the layers of the most extreme inputs left in floating point."""

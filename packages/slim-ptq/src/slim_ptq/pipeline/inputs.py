@@ -9,7 +9,7 @@ import torch
 from slim_core.checkpoint import Checkpoint
 from slim_core.plan import LayerPlan, Plan
 from slim_core.progress import track
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.inventory import Inventory
 from slim_ptq.observers import InputScore
 from slim_ptq.pipeline.blocks import BlockRunner
@@ -19,7 +19,7 @@ def score_inputs(
     checkpoint: Checkpoint,
     inventory: Inventory,
     plan: Plan,
-    data: CalibrationData,
+    data: TokenWindows,
     device: torch.device,
     make: Callable[[], InputScore],
 ) -> dict[str, float]:

@@ -14,7 +14,7 @@ from slim_core.checkpoint import Checkpoint, EditedCheckpoint
 from slim_core.errors import StructureError
 from slim_core.progress import track
 from slim_core.recipe import Rotate
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.inventory import Inventory
 from slim_ptq.orthogonal import Orthogonal
 from slim_ptq.pipeline.blocks import BlockRunner
@@ -136,7 +136,7 @@ class _Rotation:
         """Find the edits of every kind of block, prove them, and set them for all blocks."""
         ids = torch.arange(_TOKENS)[None] % self._model.config.get_text_config().vocab_size
         runner = BlockRunner(
-            self._checkpoint, self._inventory, CalibrationData((ids,), "rotation"), self._device
+            self._checkpoint, self._inventory, TokenWindows((ids,), "rotation"), self._device
         )
         kinds = [_kind(self._model.get_submodule(name)) for name in self._inventory.blocks]
         edits: dict[Any, BlockEdits] = {}

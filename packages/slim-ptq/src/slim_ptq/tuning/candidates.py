@@ -15,7 +15,7 @@ from slim_core.report import Report
 from slim_core.scheme import QuantScheme
 from slim_ptq.__about__ import __version__
 from slim_ptq.api import quantize
-from slim_ptq.calibration.text import CalibrationData, load_tokenizer
+from slim_ptq.calibration.text import TokenWindows, load_tokenizer
 from slim_ptq.load import load_model
 from slim_ptq.precision import TaskData
 from slim_ptq.prepare import Prepared
@@ -29,7 +29,7 @@ class Candidates:
     Parameters
     ----------
     job : Prepared
-    data : CalibrationData
+    data : TokenWindows
     tasks : TaskData
         What is measured.
     source : Path
@@ -41,7 +41,7 @@ class Candidates:
     """
 
     job: Prepared
-    data: CalibrationData
+    data: TokenWindows
     tasks: TaskData
     source: Path
     fallback: QuantScheme

@@ -11,7 +11,7 @@ from slim_core.recipe import Recipe
 from slim_core.scheme import QuantScheme
 from slim_core.validate import check_choice, check_int
 from slim_ptq.analysis import Metric, analyze
-from slim_ptq.calibration.text import CalibrationData
+from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.devices import torch_device
 from slim_ptq.precision import PERPLEXITY, TaskData
 from slim_ptq.prepare import Prepared, prepare
@@ -28,7 +28,7 @@ def tune(
     output: PathLike,
     *,
     target: str | Target,
-    calibration: PathLike | Iterable[str] | CalibrationData,
+    calibration: PathLike | Iterable[str] | TokenWindows,
     data: PathLike,
     task: str = PERPLEXITY,
     shot: int = 5,
@@ -59,7 +59,7 @@ def tune(
     model, output : path
     target : str or Target
         ``ppl+1%``, ``ppl<=24.5``, ``accuracy-0.5%`` ... (:meth:`Target.parse`).
-    calibration : path, texts or CalibrationData
+    calibration : path, texts or TokenWindows
         As for :func:`slim_ptq.quantize`; also what layers are ranked on.
     data : path
         What the target is measured on: a text, or the data of ``task``.
