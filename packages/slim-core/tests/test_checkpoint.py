@@ -298,7 +298,8 @@ def test_loading_reads_one_tensor_at_a_time(tmp_path):
 def test_config_and_side_files(sharded, tmp_path_factory):
     wanted = ["config.json", "generation_config.json", "merges.txt", "modeling_x.py",
               "chat_template.jinja", "tokenizer.model", "vocab.json"]  # fmt: skip
-    for name in [*wanted, "training_args.bin", "quant_model_description.json", ".hidden"]:
+    own = ["slim_report.json", "slim_report.html", "slim_recipe.yaml", "slim_lowrank_report.json"]
+    for name in [*wanted, *own, "training_args.bin", "quant_model_description.json", ".hidden"]:
         (sharded / name).write_text("{}")
         (sharded / name).chmod(0o644)
     config = {

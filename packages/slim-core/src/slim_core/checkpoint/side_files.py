@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from slim_core.checkpoint.reader import Checkpoint
 
 CONFIG_FILE = "config.json"
+# What slim writes beside weights to tell how they were made: it is not true of other weights.
+_OWN_FILES = (
+    "slim_report.json",
+    "slim_report.html",
+    "slim_recipe.yaml",
+    "slim_lowrank_report.json",
+)
 _WEIGHT_SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
@@ -24,12 +31,16 @@ _WEIGHT_SUFFIXES = frozenset(
 
 
 def find_side_files(directory: Path) -> list[Path]:
-    """Return the files directly in a directory that are neither weights nor speak of them."""
+    """Return the files directly in a directory that are neither weights nor speak of them.
+
+    Reports and recipes of slim speak of the weights too.
+    """
     return sorted(
         file
         for file in directory.iterdir()
         if file.is_file()
         and not file.name.startswith(".")
+        and file.name not in _OWN_FILES
         and file.suffix not in _WEIGHT_SUFFIXES
         and not file.name.endswith("index.json")
         and not file.match("quant_model_description*.json")
