@@ -6,31 +6,31 @@ models as arguments measure these alone and keep the rows of the others.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from _common import RESULTS, save
+from _models import Case, copy_case, text_case
 
-from slim_core.errors import PlanError
+from slim_core.errors import PlanError, StructureError
 from slim_core.formats import FORMATS
 from slim_core.recipe import Recipe
-from slim_ptq import evaluate_text, quantize
+from slim_ptq import load_model, quantize
 from slim_ptq.methods import METHODS
 
 COMMAND = "nox -s bench-slim-ptq"
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-CALIBRATION = ROOT / "examples" / "calib.jsonl"
-TEXT = ROOT / "examples" / "eval.txt"
-PAGE = ROOT / "packages" / "slim-ptq" / "docs" / "evidence.md"
+PAGE = Path(__file__).parents[2] / "packages" / "slim-ptq" / "docs" / "evidence.md"
 SCHEMES = (
     *("w8a16", "w8a16_g32", "w4a16", "w4a16_g32", "w4a16_g32_asym", "nf4"),
     *("w8a8", "w8a8_mix", "w8a8_dynamic", "w8a8s"),
     *("w4a8_dynamic", "w4a8_dynamic_g32", "w4a4_dynamic", "w4a4_flatquant_dynamic"),
+    *("w8a8_mxfp8", "w4a8_mxfp", "w4a4_mxfp4"),
 )
 OTHERS: dict[str, dict[str, Any]] = {
     "w8a8, smoothquant": {"scheme": "w8a8", "smooth": "smoothquant"},
@@ -41,24 +41,15 @@ OTHERS: dict[str, dict[str, Any]] = {
         "scheme": "w8a8",
         "rules": [{"match": "*down_proj", "scheme": "w8a16"}],
     },
-    "w4a16, signround": {"scheme": "w4a16", "method": "signround"},
-    "w4a16_g32, signround": {"scheme": "w4a16_g32", "method": "signround"},
     "w4a16_g32, awq": {"scheme": "w4a16_g32", "smooth": "awq"},
     "w4a4_dynamic, rotated": {"scheme": "w4a4_dynamic", "rotate": {}},
     "w4a4_dynamic, rotated, gptq": {"scheme": "w4a4_dynamic", "rotate": {}, "method": "gptq"},
 }
 
-
-# By model: methods, and the further recipes.  signround takes minutes, so it has two of these.
-MODELS: dict[str, tuple[list[str], dict[str, dict[str, Any]]]] = {
-    "tiny-llama": ([name for name in METHODS if name != "signround"], OTHERS),
-    "tiny-bloom": (
-        ["minmax", "gptq", "sparse"],
-        {
-            name: OTHERS[name]
-            for name in ("w8a8, smoothquant", "w8a8, iterative", "w8a8, int8 cache")
-        },
-    ),
+MODELS: dict[str, Callable[[], Case]] = {
+    "tiny-llama": functools.partial(text_case, "tiny-llama", samples=16, length=256),
+    "tiny-bloom": functools.partial(text_case, "tiny-bloom", samples=16, length=256),
+    "copy-llama": functools.partial(copy_case, samples=16, length=256),
 }
 
 
@@ -67,33 +58,34 @@ def main() -> None:
     chosen = sys.argv[1:] or list(MODELS)
     rows = [row for row in earlier() if row["model"] not in chosen]
     for model in chosen:
-        methods, others = MODELS[model]
+        case = MODELS[model]()
         rows.append(
             {
                 "model": model,
                 "recipe": "float",
-                "perplexity": round(evaluate_text(EXAMPLES / model, TEXT).value, 3),
-                "bytes": (EXAMPLES / model / "model.safetensors").stat().st_size,
+                "perplexity": round(case.score(load_model(case.directory)), 3),
+                "bytes": (case.directory / "model.safetensors").stat().st_size,
                 "seconds": 0.0,
             }
         )
         recipes = {
             f"{scheme}, {method}": {"scheme": scheme, "method": method}
             for scheme in SCHEMES
-            for method in methods
-        } | others
+            for method in METHODS
+        } | OTHERS
         for name, values in recipes.items():
-            row = measure(EXAMPLES / model, name, values)
+            row = measure(case, name, values)
             if row is not None:
                 print(row, flush=True)
                 rows.append(row)
+    case = MODELS["tiny-llama"]()
     formats = [
-        {"scheme": scheme, **sizes}
+        {"scheme": scheme} | {form: size(case, scheme, form) for form in FORMATS if form != "float"}
         for scheme in SCHEMES
-        if (sizes := {form: size(scheme, form) for form in FORMATS if form != "float"})
     ]
     result = {
-        "question": "perplexity of the models of examples/ on eval.txt, windows of 512 tokens",
+        "question": "perplexity of the models of examples/ on eval.txt, windows of 512 tokens; "
+        "of copy-llama on the second halves of repeated random sequences",
         "rows": rows,
         "formats": formats,
     }
@@ -108,25 +100,19 @@ def earlier() -> list[dict[str, Any]]:
     return rows
 
 
-def measure(model: Path, name: str, values: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a row, None where the plan says that these do not go together."""
+def measure(case: Case, name: str, values: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a row, None where the model or the plan says that these do not go together."""
     with tempfile.TemporaryDirectory() as folder:
+        out, recipe = Path(folder) / "out", Recipe.build(**values)
         started = time.perf_counter()
         try:
-            report = quantize(
-                model,
-                Path(folder) / "out",
-                recipe=Recipe.build(**values),
-                calibration=CALIBRATION,
-                samples=16,
-                length=256,
-            )
-        except PlanError:
+            report = quantize(case.directory, out, recipe=recipe, calibration=case.calibration)
+        except (PlanError, StructureError):
             return None
         seconds = time.perf_counter() - started
-        perplexity = evaluate_text(Path(folder) / "out", TEXT).value
+        perplexity = case.score(load_model(out))
     return {
-        "model": model.name,
+        "model": case.name,
         "recipe": name,
         "perplexity": round(perplexity, 3),
         "bytes": report.bytes_after,
@@ -134,18 +120,12 @@ def measure(model: Path, name: str, values: dict[str, Any]) -> dict[str, Any] | 
     }
 
 
-def size(scheme: str, form: str) -> int | None:
+def size(case: Case, scheme: str, form: str) -> int | None:
     """Return the bytes of a checkpoint, None where the format does not hold the scheme."""
     with tempfile.TemporaryDirectory() as folder:
+        out, recipe = Path(folder) / "out", Recipe.build(scheme=scheme, format=form)
         try:
-            report = quantize(
-                EXAMPLES / "tiny-llama",
-                Path(folder) / "out",
-                recipe=Recipe.build(scheme=scheme, format=form),
-                calibration=CALIBRATION,
-                samples=2,
-                length=64,
-            )
+            report = quantize(case.directory, out, recipe=recipe, calibration=case.calibration)
         except PlanError:
             return None
     return report.bytes_after
@@ -157,7 +137,8 @@ def page(result: dict[str, Any]) -> str:
         "# Evidence: every scheme, method and format",
         "",
         f"{result['question'].capitalize()};",
-        "calibration on examples/calib.jsonl, 16 windows of 256.",
+        "calibration on examples/calib.jsonl (copy-llama: sequences of its kind), 16 windows",
+        "of 256.",
         f"Written by `{COMMAND}` (benchmarks/slim-ptq/matrix.py). Differences below about 0.1 are",
         "within the noise of so small models and text; the seconds are those of the whole run.",
         "",

@@ -4,29 +4,36 @@ On the trained models of examples/, and on the language model with outliers plan
 leave its float outputs as they are: channels that norms multiply by 64 and their readers divide,
 and the same between linear layers.  Text: held-out text beside the repository where that is
 present, else that of examples/, which the model wrote itself.
+
+Writes ``results/suppression.json`` and the tables of the documentation.  Names of cases as
+arguments measure these alone and keep the tables of the others.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
+import json
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import save
+from _common import RESULTS, save
+from _models import GENERATED, HELD_OUT, WINDOW, Case, copy_case, text_case
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slim_core.recipe import Recipe
 from slim_ptq import load_model, quantize
-from slim_ptq.calibration.text import TokenWindows, read_calibration
-from slim_ptq.evaluate import encode_text, perplexity
 
 COMMAND = "nox -s bench-slim-ptq"
-EXAMPLES = Path(__file__).parents[2] / "examples"
-HELD_OUT = EXAMPLES.parents[1] / "shared" / "data" / "public_domain_test.txt"
-WINDOW, CALIBRATION, EVALUATION = 512, 8, 16  # tokens, windows, windows
+PAGE = Path(__file__).parents[2] / "packages" / "slim-ptq" / "docs" / "outlier-suppression.md"
+BEGIN, END = "<!-- tables of suppression.py -->", "<!-- end -->"
+TEXT = HELD_OUT if HELD_OUT.exists() else GENERATED
+CALIBRATION, EVALUATION = 8, 16  # windows
+PLANTED = "tiny-llama, outliers planted"
 SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8s", "w4a16")
 METHODS: dict[str, Any] = {
     "none": None,
@@ -45,89 +52,86 @@ METHODS: dict[str, Any] = {
 }
 FACTOR = 64.0  # a power of two, so that planting is exact
 
-Score = Callable[[Any], float]
-
 
 def main() -> None:
     """Measure and save."""
-    tables = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, model, data, score in cases(Path(folder)):
+        known = cases(Path(folder))
+        tables = earlier() if sys.argv[1:] else {}
+        for name in sys.argv[1:] or known:
+            case = known[name]()
             rows = [
-                {"method": method} | {s: run(model, data, score, s, smooth) for s in SCHEMES}
+                {"method": method} | {scheme: run(case, scheme, smooth) for scheme in SCHEMES}
                 for method, smooth in METHODS.items()
             ]
-            tables[name] = {"float": round(score(load_model(model)), 3), "rows": rows}
+            tables[name] = {"float": round(case.score(load_model(case.directory)), 3), "rows": rows}
             report(tables)  # of every case that is done, since all take many minutes
 
 
+def earlier() -> dict[str, Any]:
+    """Return the tables of the last run."""
+    file = RESULTS / "suppression.json"
+    tables: dict[str, Any] = json.loads(file.read_text())["tables"] if file.exists() else {}
+    return tables
+
+
 def report(tables: dict[str, Any]) -> None:
-    """Save the tables so far."""
-    save(
-        "suppression",
-        COMMAND,
-        {
-            "question": "perplexity after each method of outlier suppression, lower is better",
-            "text": f"{HELD_OUT.name if HELD_OUT.exists() else 'eval.txt'}, {EVALUATION} windows "
-            f"of {WINDOW} tokens; of copy-llama the second halves of repeated random sequences",
-            "calibration": f"{CALIBRATION} windows of {WINDOW} tokens",
-            "tables": tables,
-        },
-    )
+    """Save the tables so far, and write them into the page of the documentation."""
+    result = {
+        "question": "perplexity after each method of outlier suppression, lower is better",
+        "text": f"{TEXT.name}, {EVALUATION} windows of {WINDOW} tokens; "
+        "of copy-llama the second halves of repeated random sequences",
+        "calibration": f"{CALIBRATION} windows of {WINDOW} tokens",
+        "tables": tables,
+    }
+    save("suppression", COMMAND, result)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{written(tables)}{END}{after}", encoding="utf-8")
 
 
-def run(model: Path, data: TokenWindows, score: Score, scheme: str, smooth: Any) -> float:
+def written(tables: dict[str, Any]) -> str:
+    """Return the tables in Markdown."""
+    lines = []
+    for name, table in tables.items():
+        lines += [
+            f"\n{name}, float {table['float']}:\n",
+            f"| method | {' | '.join(SCHEMES)} |",
+            "|---" * (1 + len(SCHEMES)) + "|",
+            *(f"| {' | '.join(str(value) for value in row.values())} |" for row in table["rows"]),
+        ]
+    return "\n".join([*lines, "", ""])
+
+
+def run(case: Case, scheme: str, smooth: Any) -> float:
     """Return the perplexity of a model quantized by a recipe."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        quantize(model, out, recipe=Recipe.build(scheme=scheme, smooth=smooth), calibration=data)
-        return round(score(load_model(out)), 3)
+        recipe = Recipe.build(scheme=scheme, smooth=smooth)
+        quantize(case.directory, out, recipe=recipe, calibration=case.calibration)
+        return round(case.score(load_model(out)), 3)
 
 
-def cases(folder: Path) -> Iterator[tuple[str, Path, TokenWindows, Score]]:
-    """Yield names, model directories, calibration data, and what measures a model."""
-    for name in ("tiny-llama", "tiny-bloom"):
-        yield name, EXAMPLES / name, text_data(EXAMPLES / name), text_score(EXAMPLES / name)
-    yield "copy-llama", EXAMPLES / "copy-llama", repeated(CALIBRATION, seed=0), copy_score
-    planted = folder / "planted"
-    plant(EXAMPLES / "tiny-llama", planted)
-    source = EXAMPLES / "tiny-llama"
-    yield "tiny-llama, outliers planted", planted, text_data(source), text_score(source)
+def cases(folder: Path) -> dict[str, Callable[[], Case]]:
+    """Return what makes each case, by its name."""
+    return {
+        "tiny-llama": functools.partial(text, "tiny-llama"),
+        "tiny-bloom": functools.partial(text, "tiny-bloom"),
+        "copy-llama": functools.partial(copy_case, samples=CALIBRATION, length=WINDOW),
+        PLANTED: functools.partial(planted, folder / "planted"),
+    }
 
 
-def text_data(model: Path) -> TokenWindows:
-    """Return calibration windows of the text that the example model wrote."""
-    return read_calibration(EXAMPLES / "calib.jsonl", model, samples=CALIBRATION, length=WINDOW)
+def text(name: str) -> Case:
+    """Return a language model of examples/."""
+    return text_case(name, samples=CALIBRATION, length=WINDOW, text=TEXT, windows=EVALUATION)
 
 
-def text_score(model: Path) -> Score:
-    """Return the function that measures perplexity on text."""
-    text = HELD_OUT if HELD_OUT.exists() else EXAMPLES / "eval.txt"
-    ids = tokens_of(model, text)[: EVALUATION * WINDOW]
-    return lambda loaded: perplexity(loaded, ids, window=WINDOW).value
-
-
-def tokens_of(model: Path, text: Path) -> torch.Tensor:
-    """Return the token ids of a file."""
-    return encode_text(AutoTokenizer.from_pretrained(model), text.read_text(encoding="utf-8"))
-
-
-def repeated(rows: int, seed: int) -> TokenWindows:
-    """Return sequences of random tokens that are repeated once, as copy-llama was trained on."""
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.randint(1, 512, (rows, WINDOW // 2), generator=generator)
-    return TokenWindows(tuple(torch.cat([half, half], 1).split(4)), "repeated sequences")
-
-
-def copy_score(model: Any) -> float:
-    """Return the perplexity of the second halves of repeated sequences."""
-    losses = []
-    for ids in repeated(EVALUATION // 2, seed=1).batches:
-        with torch.no_grad():
-            logits = model(ids).logits.float()[:, WINDOW // 2 : -1]
-        wanted = ids[:, WINDOW // 2 + 1 :]
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted))
-    return math.exp(float(torch.stack(losses).mean()))
+def planted(directory: Path) -> Case:
+    """Return the language model with outliers planted."""
+    case = text("tiny-llama")
+    plant(case.directory, directory)
+    return dataclasses.replace(case, name=PLANTED, directory=directory)
 
 
 def plant(source: Path, target: Path) -> None:
