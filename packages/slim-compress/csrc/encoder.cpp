@@ -8,9 +8,10 @@
 namespace slc1 {
 namespace {
 
-// A payload that is about to outgrow its tile, and one part more.
-constexpr std::size_t kMaxPart = kMaxTileBytes / kStreams * kMaxCodeBits / 8 + 1;
-constexpr std::size_t kPayloadRoom = kMaxTileBytes + kMaxPart + kWriteSlack;
+// What a thread needs: a tile, and as much for its payload, of which kernels may touch the last
+// kWriteSlack bytes. A coded payload that would reach them is not worth having.
+constexpr std::size_t kScratch = 2 * kMaxTileBytes;
+constexpr std::size_t kMaxCoded = kMaxTileBytes - kWriteSlack;
 
 class Encoder {
  public:
@@ -46,10 +47,8 @@ class Encoder {
 
   void encode_all(Output& output) {
     parallel_for(grid_.tiles(), options_.threads, [&] {
-      return [&, bytes = std::vector<std::uint8_t>(kMaxTileBytes + kWriteSlack),
-              payload = std::vector<std::uint8_t>(kPayloadRoom)](
-                 std::size_t tile) mutable {
-        encode_tile(tile, bytes.data(), payload.data(), output);
+      return [&, scratch = std::vector<std::uint8_t>(kScratch)](std::size_t tile) mutable {
+        encode_tile(tile, scratch.data(), scratch.data() + kMaxTileBytes, output);
       };
     });
   }
@@ -73,50 +72,52 @@ class Encoder {
     gather_tile(box, matrix_, bytes);
     Entry& e = entries_[tile];
     e.crc = kernels().crc32c(bytes, size);
-    std::size_t length = size;
     const std::uint8_t* chosen = bytes;
-    if (is_constant(bytes, size)) {
-      e.mode = Mode::kFill;
-      e.fill = bytes[0];
-      length = 0;
-    } else if (!tables_.empty()) {
-      const std::size_t coded = encode_huf(bytes, size, payload);
-      if (coded < size) {
-        e.mode = Mode::kHuf;
-        length = coded;
-        chosen = payload;
-      }
-    }
-    if (length > size / 2 && nib_size(bytes, size) < length) {
-      e.mode = Mode::kNib;
-      length = kernels().nib_encode(bytes, size, payload);
+    const std::uint8_t* end = bytes + size;
+    auto take = [&](Mode mode, const std::uint8_t* coded_end) {
+      e.mode = mode;
       chosen = payload;
+      end = coded_end;
+    };
+    auto length = [&] { return static_cast<std::size_t>(end - chosen); };
+    if (is_constant(bytes, size)) {
+      e.fill = bytes[0];
+      take(Mode::kFill, payload);
+    } else if (!tables_.empty()) {
+      const std::uint8_t* const coded =
+          encode_huf(bytes, size, payload, payload + std::min(size - 1, kMaxCoded));
+      if (coded != nullptr) take(Mode::kHuf, coded);
     }
-    e.length = static_cast<std::uint16_t>(length);
-    output.put(tile, chosen, length);
+    if (length() > size / 2 && nib_size(bytes, size) < std::min(length(), kMaxCoded + 1)) {
+      take(Mode::kNib, kernels().nib_encode(bytes, size, payload, payload + kMaxCoded));
+    }
+    e.length = static_cast<std::uint16_t>(length());
+    output.put(tile, chosen, length());
   }
 
-  // Writes the HUF payload of a tile and returns its size; `size` or more if it does not shrink.
-  std::size_t encode_huf(const std::uint8_t* bytes, std::size_t size, std::uint8_t* payload) const {
+  // Writes the HUF payload of a tile and returns its end; nullptr if that lies past `limit`.
+  std::uint8_t* encode_huf(const std::uint8_t* bytes, std::size_t size, std::uint8_t* payload,
+                           const std::uint8_t* limit) const {
     constexpr unsigned kLengthBits = 13;
     const std::size_t part = size / kStreams;
     const std::size_t step = sampled_ ? 4 : 1;
     const EncodeTable* table[kStreams];
     std::uint8_t* next = payload + 2 * kStreams;
-    auto length_so_far = [&] { return static_cast<std::size_t>(next - payload); };
-    for (std::size_t s = 0; s < kStreams && length_so_far() < size; ++s) {
+    for (std::size_t s = 0; s < kStreams; ++s) {
       const std::uint8_t choice = picker_.pick(bytes + s * part, part, step);
       table[s] = &encode_tables_[choice];
-      std::uint8_t* const end = kernels().encode_part(*table[s], bytes + s * part, part, next);
+      std::uint8_t* const end = kernels().encode_part(*table[s], bytes + s * part, part, next, limit);
+      if (end == nullptr) return nullptr;
       const auto length = static_cast<unsigned>(end - next);
       store(payload + 2 * s, static_cast<std::uint16_t>(length | unsigned{choice} << kLengthBits));
       next = end;
     }
-    for (std::size_t s = 0; s < kStreams && length_so_far() < size; ++s) {
+    for (std::size_t s = 0; s < kStreams; ++s) {
       if (table[s]->escapes.empty) continue;
-      next = kernels().collect_escapes(table[s]->escapes, bytes + s * part, part, next);
+      next = kernels().collect_escapes(table[s]->escapes, bytes + s * part, part, next, limit);
+      if (next == nullptr) return nullptr;
     }
-    return length_so_far();
+    return next;
   }
 
   std::vector<std::uint8_t> make_index(std::size_t weight_size) {

@@ -131,11 +131,16 @@ EncodeTable::EncodeTable(const CodeTable& table, bool with_pairs)
   const Codes codes = canonical_codes(table.lengths);
   for (std::size_t v = 0; v < 256; ++v) {
     const std::size_t s = table.lengths[v] != 0 ? v : kEscape;
-    code[v] = static_cast<std::uint32_t>(codes[s]) << 8 | table.lengths[s];
+    const unsigned length = table.lengths[s];  // 0, of no code: the value does not occur
+    code[v] = std::uint64_t{codes[s]} << ((64 - length) & 63) | length;
   }
   if (!with_pairs) return;
   pair.resize(65536);
-  for (std::size_t i = 0; i < pair.size(); ++i) pair[i] = join(code[i & 255], code[i >> 8]);
+  for (std::size_t i = 0; i < pair.size(); ++i) {
+    const std::uint64_t second = code[i & 255];
+    const std::uint64_t length = code[i >> 8] & 255;
+    pair[i] = ((code[i >> 8] - length) >> (second & 63)) + second + length;
+  }
 }
 
 }  // namespace slc1

@@ -42,11 +42,6 @@ struct DecodeTable {
 };
 void build_decode_table(const CodeTable& table, DecodeTable& out);
 
-// The code of p[1], then that of p[0]: streams start at the last byte. code << 8 | length, all three.
-inline std::uint32_t join(std::uint32_t p0, std::uint32_t p1) {
-  return p1 + ((p0 & ~255U) << (p1 & 31)) + (p0 & 255);
-}
-
 // Values that are written as escapes.
 struct EscapeSet {
   std::array<std::uint8_t, 256> has;  // 1: is one
@@ -71,11 +66,14 @@ struct EscapeSet {
   }
 };
 
+// Codes as the encoder joins them: in the highest bits, with the first bit in the lowest of those;
+// the length in the lowest eight bits; zeros between.
 struct EncodeTable {
-  std::array<std::uint32_t, 256> code;  // code << 8 | length
+  std::array<std::uint64_t, 256> code;
   EscapeSet escapes;
-  // The joint codes of two neighbours p[0], p[1] at p[0] | p[1] << 8; empty unless wanted.
-  std::vector<std::uint32_t> pair;
+  // Of two neighbours p[0], p[1] at p[0] | p[1] << 8: the code of p[1], then that of p[0], as
+  // streams start at the last byte. Empty unless wanted.
+  std::vector<std::uint64_t> pair;
 
   EncodeTable(const CodeTable& table, bool with_pairs);
 };
