@@ -1,8 +1,9 @@
 """The layout of the compressed-tensors library, which vLLM and transformers read.
 
 Weight-only layers are ``pack-quantized``: codes from 0 on in int32 words along the input channels,
-zero points in words along the output channels.  Layers with int8 activations are
-``int-quantized``: int8 codes as they are.  Scales have the dtype of the model.
+zero points in words along the output channels; their scales have the dtype of the model.  Layers
+with int8 activations are ``int-quantized``: int8 codes as they are, scales in float32, which is
+what int8 kernels take.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class CompressedTensorsFormat(ForeignFormat):
         """Return the bytes of the tensors."""
         bits = integer_bits(scheme) or 0
         rows, columns = shape
-        item = int(_FLOATS[model_dtype].itemsize)
+        item = int(_scale_dtype(scheme, model_dtype).itemsize)
         groups = columns // scheme.group_size if scheme.group_size else 1
         scales = rows * groups * item
         if scheme.activation is not None:
@@ -68,7 +69,7 @@ class CompressedTensorsFormat(ForeignFormat):
 
     def encode(self, layer: QuantizedLinear) -> Tensors:
         """Return the tensors of a layer."""
-        dtype = _FLOATS[layer.model_dtype]
+        dtype = _scale_dtype(layer.scheme, layer.model_dtype)
         weight = layer.scheme.weight
         assert weight is not None  # narrowing: only quantized layers are encoded
         tensors: Tensors = {"weight_scale": to_numpy(layer.weight_scale, np.float32).astype(dtype)}
@@ -91,10 +92,11 @@ class CompressedTensorsFormat(ForeignFormat):
     def decode(
         self, name: str, scheme: QuantScheme, tensors: Mapping[str, np.ndarray], model_dtype: str
     ) -> QuantizedLinear:
-        """Return the layer; its scales are those of the dtype of the model."""
+        """Return the layer; the scales of a weight-only one are those of the dtype of the model."""
         weight = scheme.weight
         assert weight is not None  # narrowing
-        scale = take(name, tensors, "weight_scale", _FLOATS[model_dtype]).astype(np.float32)
+        dtype = _scale_dtype(scheme, model_dtype)
+        scale = take(name, tensors, "weight_scale", dtype).astype(np.float32)
         bias = tensors.get("bias")
         if scheme.activation is not None:
             layer = QuantizedLinear(
@@ -108,11 +110,10 @@ class CompressedTensorsFormat(ForeignFormat):
             )
             if not scheme.is_static:
                 return layer
-            stored = take(name, tensors, "input_scale", _FLOATS[model_dtype])
             offset = take(name, tensors, "input_zero_point", np.int8)
             return replace(
                 layer,
-                input_scale=stored.astype(np.float32),
+                input_scale=take(name, tensors, "input_scale", dtype),
                 input_offset=offset.astype(np.float32),
             )
         bits = integer_bits(scheme) or 0
@@ -149,6 +150,11 @@ class CompressedTensorsFormat(ForeignFormat):
             "ignore": ["lm_head", *(name for name, own in layers.items() if own.is_float)],
             "kv_cache_scheme": None,
         }
+
+
+def _scale_dtype(scheme: QuantScheme, model_dtype: str) -> np.dtype:
+    """Return the dtype of the stored scales."""
+    return _FLOATS["float32" if scheme.activation is not None else model_dtype]
 
 
 def _layout(scheme: QuantScheme) -> str:
