@@ -22,7 +22,8 @@ class Encoder {
   Encoded run() {
     if (!options_.fast) make_tables();
     entries_.resize(grid_.tiles());
-    Output output(kGuardBytes + payload_limit());
+    // Two for each thread: seldom waited for, and as much memory as its scratch at most.
+    Output output(kGuardBytes + payload_limit(), 2 * options_.threads);
     encode_all(output);
     Encoded result;
     result.weight = output.finish(kGuardBytes, result.weight_size);

@@ -1,5 +1,6 @@
 #include "output.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -25,10 +26,23 @@ Buffer allocate(std::size_t size) {
 }
 
 void Output::put(std::size_t tile, const std::uint8_t* payload, std::size_t length) {
+  try {
+    place(tile, payload, length);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    failed_ = true;  // those who wait for this tile would do so for ever
+    moved_.notify_all();
+    throw;
+  }
+}
+
+void Output::place(std::size_t tile, const std::uint8_t* payload, std::size_t length) {
   std::vector<Payload> followers;
   std::size_t at = 0;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    moved_.wait(lock, [&] { return tile <= next_ + ahead_ || failed_; });
+    if (failed_) return;
     if (tile != next_) {
       waiting_.emplace(tile, Payload(payload, payload + length));
       return;
@@ -41,13 +55,13 @@ void Output::put(std::size_t tile, const std::uint8_t* payload, std::size_t leng
       end_ += it->second.size();
       followers.push_back(std::move(it->second));
     }
+    moved_.notify_all();
   }
   std::uint8_t* to = bytes_.get() + at;
   std::memcpy(to, payload, length);
   to += length;
   for (const Payload& follower : followers) {
-    std::memcpy(to, follower.data(), follower.size());
-    to += follower.size();
+    to = std::copy(follower.begin(), follower.end(), to);
   }
 }
 

@@ -9,6 +9,8 @@ python packages/slim-compress/fuzz/run.py --selfcheck --cxx aarch64-linux-gnu-g+
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -36,9 +38,9 @@ def main() -> int:
         return 2
     build = options.build / Path(compiler).name
     configure(build, compiler, fuzzers=not options.selfcheck, emulated=bool(options.emulator))
-    if options.selfcheck:
-        return run([*shlex.split(options.emulator), str(build / "selfcheck")], build)
-    run([str(build / "selfcheck")], build)
+    status = selfcheck(build, shlex.split(options.emulator))
+    if status != 0 or options.selfcheck:
+        return status
     for fuzzer in options.only or FUZZERS:
         corpus = build / f"corpus_{fuzzer}"
         corpus.mkdir(exist_ok=True)
@@ -91,6 +93,26 @@ def run(command: list[str], directory: Path) -> int:
     """Show and run a command; return its exit status."""
     print("+", shlex.join(command), flush=True)
     return subprocess.run(command, cwd=directory, check=False).returncode
+
+
+def selfcheck(build: Path, emulator: list[str]) -> int:
+    """Run the self-check on the golden vectors too; compare what it decodes with their digests."""
+    stems = {}
+    for vector in sorted((HERE.parent / "tests" / "golden").glob("*.npz")):
+        stems[vector.stem] = build / vector.stem
+        arrays = np.load(vector)
+        for part in ("index", "weight"):
+            stems[vector.stem].with_suffix(f".{part}").write_bytes(arrays[part].tobytes())
+    status = run([*emulator, str(build / "selfcheck"), *map(str, stems.values())], build)
+    digests = json.loads((HERE.parent / "tests" / "golden" / "sha256.json").read_text())
+    for name, stem in stems.items() if status == 0 else ():
+        decoded = stem.with_suffix(".matrix").read_bytes()
+        if hashlib.sha256(decoded).hexdigest() != digests[name]["matrix"]:
+            print(f"{name}: the golden vector is decoded to another matrix", file=sys.stderr)
+            return 1
+    if status == 0:
+        print(f"{len(stems)} golden vectors decoded, and written again with the same bytes")
+    return status
 
 
 def write_seeds(corpus: Path, fuzzer: str) -> None:

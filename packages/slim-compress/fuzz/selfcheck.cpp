@@ -1,7 +1,12 @@
 // Streams of a fixed set of matrices, their checksums printed: the output must be the same for each
 // instruction set and on every machine. Needs no fuzzer, so it also runs in an emulator.
+//
+// selfcheck [STEM...]: STEM.index and STEM.weight are decoded to STEM.matrix, and encoded again.
 #include <cstdio>
+#include <fstream>
+#include <iterator>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "codec.hpp"
@@ -44,9 +49,42 @@ bool check(std::size_t n, std::size_t k, unsigned kind, bool fast) {
   return decoder.decode(out, 2).reason == nullptr && decoded == matrix;
 }
 
+using Bytes = std::vector<std::uint8_t>;
+
+Bytes read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return Bytes(std::istreambuf_iterator<char>(file), {});
+}
+
+// Each instruction set decodes the stream, and encodes the matrix to the same bytes again.
+bool check_file(const std::string& stem) {
+  const Bytes index = read(stem + ".index");
+  const Bytes weight = read(stem + ".weight");
+  slc1::Container container;
+  if (container.open(index.data(), index.size(), weight.size()).reason != nullptr) return false;
+  const std::size_t n = container.header().n;
+  const std::size_t k = container.header().k;
+  Bytes matrix(n * k);
+  const slc1::View view{matrix.data(), static_cast<std::ptrdiff_t>(k), 1};
+  const slc1::Decoder decoder(container, weight.data(), weight.size());
+  if (decoder.decode(view, 2).reason != nullptr) return false;
+  std::ofstream(stem + ".matrix", std::ios::binary)
+      .write(reinterpret_cast<const char*>(matrix.data()), static_cast<std::streamsize>(n * k));
+  bool same = false;
+  for (const bool fast : {false, true}) {
+    slc1::EncodeOptions options;
+    options.fast = fast;
+    options.flags = container.header().flags;
+    const slc1::Encoded again = slc1::encode(view, n, k, options);
+    same |= again.index == index &&
+            Bytes(again.weight.get(), again.weight.get() + again.weight_size) == weight;
+  }
+  return same;
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
   bool good = true;
   for (const auto* set : slc1::available_kernels()) {
     slc1::use_kernels(set->name);
@@ -58,6 +96,7 @@ int main() {
         good &= check(1024, 1100, kind, fast);
       }
     }
+    for (int i = 1; i < count; ++i) good &= check_file(arguments[i]);
     std::printf(" %s\n", good ? "good" : "BAD");
   }
   return good ? 0 : 1;

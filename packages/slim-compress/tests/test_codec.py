@@ -110,6 +110,19 @@ def test_incompressible_data_is_stored_raw():
     assert facts.stored_bytes <= matrix.size * 1.002
 
 
+@pytest.mark.parametrize("first", [4, 5, 6])
+def test_tiles_that_hardly_shrink(first, instruction_set):
+    """Eight bits but for a few values: payloads near 32 KiB, at and around what is still coded."""
+    rng = np.random.default_rng(first)
+    values = np.r_[np.arange(-128, 128), np.zeros(first, int)]
+    matrix = rng.choice(values, (512, 1024)).astype(np.int8)
+    stream = compress(matrix)
+    assert np.array_equal(decompress(*stream), matrix)
+    facts = inspect(*stream)
+    assert facts.modes["raw"] + facts.modes["huf"] == 16
+    assert facts.stored_bytes <= matrix.size * 1.002
+
+
 def test_constant_tiles_take_an_index_entry_only():
     facts = inspect(*compress(np.zeros((1024, 4096), np.int8)))
     assert facts.modes == {"raw": 0, "fill": 128, "nib": 0, "huf": 0}
@@ -178,6 +191,21 @@ def test_other_tile_sizes(tile_n, tile_k, sparse):
     out = np.empty_like(matrix)
     _native.decode_into(weight, index, out)
     assert np.array_equal(out, matrix)
+
+
+def test_checksum_by_its_definition(instruction_set):
+    """CRC-32C of RFC 3720, bit by bit, at the sizes where kernels change over."""
+    data = np.random.default_rng(0).integers(0, 256, 9000).astype(np.uint8)
+    remainder = 0xFFFFFFFF
+    expected = {}
+    for size in range(data.size + 1):
+        expected[size] = remainder ^ 0xFFFFFFFF
+        remainder ^= int(data[size]) if size < data.size else 0
+        for _ in range(8):
+            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
+    for size in (*range(40), *range(4056, 4140), *range(6450, 6460), *range(8150, 8210), 9000):
+        assert _native.crc32c(data[:size]) == expected[size]
+    assert _native.crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
 
 
 def test_single_tiles(sparse):
