@@ -227,11 +227,6 @@ def test_scheme_of_a_configuration(given: dict[str, Any], scheme: str) -> None:
     assert str(QuantConfig(**given).scheme()) == scheme
 
 
-def test_what_this_release_lacks_is_said() -> None:
-    with pytest.raises(InvalidValueError, match="this release does not quantize to"):
-        QuantConfig().simulate_tp(2).scheme()
-
-
 class TestBuilders:
     def test_each_returns_the_configuration_itself(self) -> None:
         config = QuantConfig()
@@ -269,6 +264,13 @@ class TestBuilders:
     def test_tp_size(self, size: Any) -> None:
         with pytest.raises(InvalidValueError, match="tp_size"):
             QuantConfig().simulate_tp(size)
+
+    @pytest.mark.parametrize("given", [{"a_bit": 16}, {"is_dynamic": True}, {"pdmix": True}])
+    def test_tp_size_goes_with_w8a8_alone(self, given: dict[str, Any]) -> None:
+        with pytest.raises(InvalidValueError, match="tp_size"):
+            QuantConfig(**given).simulate_tp(2)
+        with pytest.raises(InvalidTypeError, match="enable_per_device_quant"):
+            QuantConfig().simulate_tp(2, enable_per_device_quant=1)  # type: ignore[arg-type]
 
     def test_a_refused_change_leaves_the_configuration_as_it_was(self) -> None:
         config = QuantConfig(act_method=2)

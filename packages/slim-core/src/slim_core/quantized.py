@@ -17,6 +17,7 @@ from slim_core.formats import DESCRIPTION_FILE, FORMATS, Format
 from slim_core.formats.codes import stored_shape
 from slim_core.layers import QuantizedLinear
 from slim_core.scheme import TYPE_PRIORITY, QuantScheme, ScaleKind
+from slim_core.tensor_parallel import SlicedLinear, count_slices, read_sliced, slice_name
 from slim_core.two_stage import SECOND_SCALE
 
 ADDED_NORM_BIAS = "added_norm_bias"  # key in the metadata of a description
@@ -42,7 +43,9 @@ class QuantizedCheckpoint:
         The whole description file.
     description_file : Path
     layers : dict
-        Type of each quantized layer by its name.
+        Type of each quantized layer by its name, the slices of a sliced layer being layers.
+    slices : dict
+        Number of slices of each sliced layer (:mod:`slim_core.tensor_parallel`) by its name.
     attention_tensors : frozenset of str
         Names of the tensors of quantized caches and attention.
 
@@ -50,6 +53,8 @@ class QuantizedCheckpoint:
     ------
     CheckpointError
         There is no description, or more than one.
+    FormatError
+        The slices of a layer are not numbered from 0 on.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -65,6 +70,9 @@ class QuantizedCheckpoint:
             and tensor.endswith(".weight")
             and not tensor.endswith(".module.weight")
         }
+        self.slices: dict[str, int] = count_slices(self.layers)
+        for name in self.slices:  # its own weight has no scales
+            self.layers.pop(name, None)
         self.attention_tensors = attention_tensors(self.description)
         self._by_layer: dict[str, list[str]] = {}
         for tensor in self.checkpoint.tensors:
@@ -113,7 +121,9 @@ class QuantizedCheckpoint:
         )
 
     def tensor_names(self, layer: str) -> list[str]:
-        """Return the full names of the tensors of a layer."""
+        """Return the full names of the tensors of a layer, of a sliced one with its slices."""
+        if layer in self.slices:
+            return [name for name in self.checkpoint.tensors if name.startswith(f"{layer}.")]
         return self._by_layer.get(layer, [])
 
     def tensors_of(self, layer: str) -> dict[str, np.ndarray]:
@@ -135,6 +145,17 @@ class QuantizedCheckpoint:
         tensors = self.tensors_of(name)
         scheme = scheme_of(name, self.layers[name], tensors)
         return format_of(self.description).decode(name, scheme, tensors, self.model_dtype)
+
+    def sliced(self, name: str) -> SlicedLinear:
+        """Return a sliced layer.
+
+        Raises
+        ------
+        FormatError
+            As :meth:`layer`, and :func:`slim_core.tensor_parallel.read_sliced`.
+        """
+        slices = tuple(self.layer(slice_name(name, i)) for i in range(self.slices[name]))
+        return read_sliced(name, slices, self.checkpoint.tensors, self.checkpoint.load)
 
 
 def find_description(directory: Path) -> Path:

@@ -13,6 +13,7 @@ from slim_core.formats import DESCRIPTION_FILE
 from slim_core.groups import group_by
 from slim_core.progress import track
 from slim_core.quantized import QuantizedCheckpoint
+from slim_core.tensor_parallel import COMMUNICATION_KEYS, GATHER
 from slim_core.verify_layer import layer_problems, shared_input
 
 
@@ -38,6 +39,7 @@ def verify_checkpoint(path: PathLike) -> Verification:
     * ``deq_scale`` and ``quant_bias`` are those of the codes and scales, bit for bit;
       ``scale_bias`` is that of the weight
     * layers that engines run as one share type, activation parameters and transforms
+    * the slices of a layer fit its weight and the scales of what devices exchange
     * scales and offsets of int8 caches and attention belong together and are announced
     * no NaN or infinity, no ``quantization_config``, no index of other weights
 
@@ -61,6 +63,12 @@ def verify_checkpoint(path: PathLike) -> Verification:
         inputs[name] = shared_input(layer)
     problems += _group_size_problems(stored, sizes - {0})
     problems += _group_problems(stored, inputs)
+    for name in stored.slices:
+        try:
+            stored.sliced(name)
+        except SlimError as error:
+            problems.append(error.message)
+    problems += _communication_problems(stored)
     try:
         read_attention(stored.description, stored.checkpoint.load)
     except SlimError as error:
@@ -91,6 +99,16 @@ def _directory_problems(stored: QuantizedCheckpoint) -> Iterator[str]:
             yield f"{file.name} is no part of the checkpoint, vLLM would load it too"
     if stored.description_file.name == DESCRIPTION_FILE and description.get("version") != "1.0.0":
         yield f"{DESCRIPTION_FILE} must have version 1.0.0"
+
+
+def _communication_problems(stored: QuantizedCheckpoint) -> Iterator[str]:
+    """Yield why devices would not round what they exchange, or round with scales not there."""
+    rounded = any(f"{name}.{GATHER}" in stored.checkpoint.tensors for name in stored.slices)
+    for key, value in COMMUNICATION_KEYS.items():
+        if rounded and stored.description.get(key) != value:
+            yield f"layers have a {GATHER}, and the description has no {key} {value!r}"
+        if not rounded and key in stored.description:
+            yield f"the description has {key}, and no layer has a {GATHER}"
 
 
 def _group_size_problems(stored: QuantizedCheckpoint, sizes: set[int]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from slim_core.plan import dynamic_variant
 from slim_core.progress import track
 from slim_core.recipe import ObserverKind
 from slim_core.scheme import FLOAT, QuantScheme
+from slim_core.tensor_parallel import layer_of, slice_name
 from slim_core.validate import check_type
 from slim_ptq.attention.model_attention import ModelAttention
 from slim_ptq.calibration.moments import model_inputs
@@ -49,6 +50,7 @@ from slim_ptq.structure import (
     unfuse_experts,
     weight_of,
 )
+from slim_ptq.tensor_parallel import ParallelLinear, measure_communication, sliced_layers
 from slim_ptq.transforms import AlphaSearch, has_added_bias
 
 _log = get_logger("ptq")
@@ -120,6 +122,7 @@ class Calibrator:
             raise StructureError(f"{type(model).__name__} has no linear layer")
         self._schemes = self._resolve(level, mix)
         self._check_shapes()
+        self._sliced = sliced_layers(self._linears, self._schemes, cfg.tp_size)
         if cfg.do_smooth and not self._samples:
             raise CalibrationError("calib_data is empty, and do_smooth needs samples")
         for name, linear in self._linears.items():
@@ -273,15 +276,19 @@ class Calibrator:
             for _ in feed(self.model, self._samples, "Calibrating"):
                 pass
             for name, module in observed.items():
-                self._put(name, module.finish(self._observer_of(name, observed)), "codes.")
+                self._put(name, module.finish(self._observer_of(name, observed)), "codes")
                 discard(module)
+        if self._sliced and self.cfg.enable_communication_quant:
+            measure_communication(
+                self.model, self._samples, per_device=self.cfg.enable_per_device_quant
+            )
 
     def _train(self) -> None:
         """Learn the transforms of FlatQuant, block by block; without samples there are none."""
         methods = self._methods()
         trained = {name: m for name, m in methods.items() if isinstance(m, FlatQuant)}
         if trained and self._samples:
-            self._learned = train_model(self.model, self._samples, trained)
+            self._learned = train_model(self.model, self._samples, trained, self._schemes)
         elif trained:
             _log.warning("calib_data is empty: the transforms of FlatQuant are identities")
 
@@ -297,20 +304,32 @@ class Calibrator:
             scheme = self._schemes[name]
             if scheme.weight is None:
                 continue
+            if name in self._sliced:
+                parts = [self._observed(part, generator) for part in self._slices(name)]
+                self._put(name, ParallelLinear(parts))
+                for index, part in enumerate(parts):
+                    observed[slice_name(name, index)] = part
+                    self._put(slice_name(name, index), part, "observed")
+                continue
             layer = layers.pop(name, None) or self._layer(name)
             if scheme.activation is None or scheme.is_dynamic:
-                self._put(name, FakeQuantLinear(layer, self._dtype), "codes.")
+                self._put(name, FakeQuantLinear(layer, self._dtype), "codes")
                 continue
-            observed[name] = ObservedLinear(
-                layer,
-                scheme.activation,
-                make_observer(_OBSERVERS[self.cfg.act_method]),
-                dtype=self._dtype,
-                keep=self.cfg.pr,
-                generator=generator,
-            )
-            self._put(name, observed[name], "observed.")
+            observed[name] = self._observed(layer, generator)
+            self._put(name, observed[name], "observed")
         return observed
+
+    def _observed(self, layer: QuantizedLinear, generator: torch.Generator) -> ObservedLinear:
+        """Return what stands for a layer with static activations during calibration."""
+        assert layer.scheme.activation is not None  # narrowing: only such layers come here
+        return ObservedLinear(
+            layer,
+            layer.scheme.activation,
+            make_observer(_OBSERVERS[self.cfg.act_method]),
+            dtype=self._dtype,
+            keep=self.cfg.pr,
+            generator=generator,
+        )
 
     def _methods(self) -> dict[str, WeightMethod]:
         """Return the methods of the quantized layers."""
@@ -327,17 +346,47 @@ class Calibrator:
     def _layer(self, name: str, inputs: LayerInputs | None = None) -> QuantizedLinear:
         """Return a layer with its weight quantized."""
         linear = self._linears[name]
-        scheme = self._schemes[name]
         with resident(linear):
-            return quantize_weight(
+            return self._quantized(
                 name,
-                scheme,
-                self.cfg.method(scheme),
+                self._schemes[name],
                 weight_of(linear),
                 bias_of(linear),
-                model_dtype=_dtype_name(self._dtype),
-                inputs=inputs or self._learned.get(name),
+                inputs or self._learned.get(name),
             )
+
+    def _slices(self, name: str) -> list[QuantizedLinear]:
+        """Return the slices of a layer, each quantized alone; the first one has the bias."""
+        linear = self._linears[name]
+        with resident(linear):
+            parts = weight_of(linear).chunk(self.cfg.tp_size or 1, dim=1)
+            return [
+                self._quantized(
+                    slice_name(name, index),
+                    self._schemes[name],
+                    part.contiguous(),
+                    None if index else bias_of(linear),
+                )
+                for index, part in enumerate(parts)
+            ]
+
+    def _quantized(
+        self,
+        name: str,
+        scheme: QuantScheme,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: LayerInputs | None = None,
+    ) -> QuantizedLinear:
+        return quantize_weight(
+            name,
+            scheme,
+            self.cfg.method(scheme),
+            weight,
+            bias,
+            model_dtype=_dtype_name(self._dtype),
+            inputs=inputs,
+        )
 
     def _observer_of(self, name: str, observed: dict[str, ObservedLinear]) -> Observer | None:
         """Return the observer whose range a layer takes, None for its own.
@@ -353,9 +402,13 @@ class Calibrator:
         return None
 
     def _put(self, name: str, module: nn.Module, store: str = "") -> None:
-        """Put a module in the place of a layer; offloaded as it was under the prefix ``store``."""
+        """Put a module in the place of a layer or of a slice of one.
+
+        Offloaded as the layer was, its tensors under names that begin with ``store``.
+        """
         if store:
-            keep_like(module, self._linears[name], store)
+            owner = layer_of(name)
+            keep_like(module, self._linears[owner], f"{store}{name.removeprefix(owner)}.")
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, module)
 

@@ -91,6 +91,8 @@ class QuantConfig:
     sigma_factor: float
     percdamp: float
     tp_size: int | None
+    enable_communication_quant: bool
+    enable_per_device_quant: bool
     group_size: int
     block_size: int
     model_quant_type: str
@@ -132,6 +134,8 @@ class QuantConfig:
             "use_fa_quant": False,
             "fa_amp": 0,
             "tp_size": None,
+            "enable_communication_quant": True,
+            "enable_per_device_quant": True,
             "block_size": 64,
         }
         self._derive()
@@ -197,7 +201,17 @@ class QuantConfig:
         enable_communication_quant: bool = True,
         enable_per_device_quant: bool = True,
     ) -> QuantConfig:
-        """Quantize row-parallel layers as ``tp_size`` slices."""
+        """Quantize row-parallel layers as so many devices will hold them; W8A8 only.
+
+        Parameters
+        ----------
+        tp_size : int
+            2, 4, 8 or 16 devices, each with its slice of the input channels.
+        enable_communication_quant : bool
+            Round what the devices exchange to int8.
+        enable_per_device_quant : bool
+            With scales of its own for each device.
+        """
         return self._with(
             tp_size=tp_size,
             enable_communication_quant=enable_communication_quant,
@@ -210,13 +224,7 @@ class QuantConfig:
         return self.group_size > 0
 
     def scheme(self) -> QuantScheme:
-        """Return the scheme of a layer that is quantized as the model is.
-
-        Raises
-        ------
-        InvalidValueError
-            This release does not quantize that way.
-        """
+        """Return the scheme of a layer that is quantized as the model is."""
         from slim_ptq.config_rules import scheme_of
 
         return scheme_of(self)

@@ -21,18 +21,6 @@ WEIGHT_METHODS = ("MinMax", "GPTQ", "HQQ", "NF")
 GROUP_SIZES = (32, 64, 128, 256)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TP_SIZES = (2, 4, 8, 16)
-AVAILABLE = (
-    "W8A8",
-    "W8A8_MIX",
-    "W8A8S",
-    "W8A8_DYNAMIC",
-    "W8A16",
-    "W4A16",
-    "W4A8_DYNAMIC",
-    "W4A4_FLATQUANT_DYNAMIC",
-    "NF4",
-    "FLOAT",
-)
 
 Values = dict[str, Any]
 
@@ -57,8 +45,11 @@ def check_config(values: Values) -> Values:
     values["model_quant_type"] = kind = _quant_type(values)
     if kind in ("W8A8", "W8A8S") and values["w_method"] != "MinMax":
         raise InvalidValueError(f"w_method must be 'MinMax' for {kind}, not {values['w_method']!r}")
-    if values["pdmix"] and kind != "W8A8":
-        raise InvalidValueError(f"pdmix goes with W8A8 only, not with {kind}")
+    for name in ("pdmix", "tp_size"):
+        if values[name] and kind != "W8A8":
+            raise InvalidValueError(f"{name} goes with W8A8 only, not with {kind}")
+    if values["pdmix"] and values["tp_size"]:
+        raise InvalidValueError("pdmix does not go with tp_size")
     values["w_signed"] = values["a_signed"] = True
     values["w_hessian"] = values["w_method"] == "GPTQ"
     values["hqq"] = values["w_method"] == "HQQ"
@@ -66,20 +57,8 @@ def check_config(values: Values) -> Values:
 
 
 def scheme_of(config: QuantConfig) -> QuantScheme:
-    """Return the scheme of a configuration.
-
-    Raises
-    ------
-    InvalidValueError
-        The type or the weight method is not part of this release.
-    """
+    """Return the scheme of a configuration."""
     kind = "W8A8_MIX" if config.pdmix else config.model_quant_type
-    if kind not in AVAILABLE or config.tp_size:
-        what = f"{kind} and tp_size" if config.tp_size else kind
-        raise InvalidValueError(
-            f"this release does not quantize to {what}",
-            hint=f"available are {', '.join(AVAILABLE)}",
-        )
     text = kind.lower()
     if kind == "FLOAT":
         return FLOAT
@@ -172,8 +151,8 @@ def _check_caches(values: Values) -> None:
         check_int("fa_amp", values["fa_amp"], low=0)
     if values["tp_size"] is not None:
         check_choice("tp_size", values["tp_size"], TP_SIZES)
-        check_type("enable_communication_quant", values["enable_communication_quant"], bool)
-        check_type("enable_per_device_quant", values["enable_per_device_quant"], bool)
+    for name in ("enable_communication_quant", "enable_per_device_quant"):
+        check_type(name, values[name], bool)
 
 
 def _check_sparse(values: Values) -> None:

@@ -9,6 +9,7 @@ from slim_core.files import PathLike, as_path, check_apart, check_output_dir, st
 from slim_core.formats import FORMATS
 from slim_core.progress import track
 from slim_core.quantized import QuantizedCheckpoint
+from slim_core.tensor_parallel import layer_of
 from slim_ptq.inventory import transposed_names
 
 
@@ -37,13 +38,18 @@ def dequantize(path: PathLike, output: PathLike, *, overwrite: bool = False) -> 
         copied = name.endswith(".module.bias")
         if name.endswith(".bias") and not copied and stored.checkpoint.load(name).any():
             raise FormatError(f"{name} shifts a norm, which the float model has no place for")
-    done = {name for layer in stored.layers for name in stored.tensor_names(layer)}
+    layers = [*stored.layers, *stored.slices]
+    done = {name for layer in layers for name in stored.tensor_names(layer)}
     done |= extras | stored.attention_tensors
     transposed = transposed_names(stored.checkpoint)
     with staged_dir(target, overwrite=overwrite) as staging:
         with CheckpointExport(staging, FORMATS["float"], model_type="FLOAT") as export:
-            for name in track(list(stored.layers), "Dequantizing"):
-                export.add_layer(stored.layer(name), transposed=name in transposed)
+            for name in track(layers, "Dequantizing"):
+                if layer_of(name) in stored.slices and name not in stored.slices:
+                    continue  # written as a part of its layer
+                sliced = name in stored.slices
+                layer = stored.sliced(name).joined() if sliced else stored.layer(name)
+                export.add_layer(layer, transposed=name in transposed)
             for name in stored.checkpoint.tensors:
                 if name not in done:
                     export.add_float(name, stored.checkpoint.load(name))

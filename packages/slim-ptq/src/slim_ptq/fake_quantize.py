@@ -10,16 +10,17 @@ from torch import nn
 
 from slim_core.dtypes import float_name
 from slim_core.errors import InvalidTypeError, InvalidValueError
-from slim_core.formats import Format
+from slim_core.layers import QuantizedLinear
 from slim_core.quantized import format_of, scheme_of
+from slim_core.tensor_parallel import count_slices, read_sliced, slice_name
 from slim_core.validate import check_choice, check_int, check_type
 from slim_ptq.attention.restore import restore_attention
 from slim_ptq.config_rules import DEVICE_TYPES
 from slim_ptq.devices import torch_device
-from slim_ptq.load import as_torch
-from slim_ptq.modules import FakeQuantLinear, on_device
+from slim_ptq.modules import FakeQuantLinear, as_torch, on_device
 from slim_ptq.offload import keep_like, place, resident
 from slim_ptq.structure import checkpoint_names, find_linears, unfuse_experts
+from slim_ptq.tensor_parallel import restored
 from slim_ptq.tensors import to_numpy
 
 
@@ -70,9 +71,9 @@ class FakeQuantizeCalibrator:
         kind = check_choice("dev_type", dev_type, DEVICE_TYPES)
         if dev_id is not None:
             check_int("dev_id", dev_id, low=0)
-        name = "cuda" if kind == "gpu" else kind
+        place_name = "cuda" if kind == "gpu" else kind
         index = "" if kind == "cpu" or dev_id is None else f":{dev_id}"
-        device = torch_device(f"{name}{index}")
+        device = torch_device(f"{place_name}{index}")
 
         self.model.eval()
         place(self.model, device)
@@ -89,10 +90,26 @@ class FakeQuantizeCalibrator:
         for key, tensor in safetensor.items():
             layer, _, local = key.rpartition(".")
             layers.setdefault(layer, {})[local] = to_numpy(tensor)
+        form = format_of(description)
+
+        def decoded(name: str, dtype: torch.dtype) -> QuantizedLinear:
+            found = layers.get(name, {})
+            scheme = scheme_of(name, description[f"{name}.weight"], found)
+            return form.decode(name, scheme, found, _stored_dtype(found, dtype))
+
+        slices = count_slices(layers)
         for path, name in linears.items():
-            kind = description[f"{name}.weight"]
-            if kind != "FLOAT":
-                self._put(path, name, kind, layers.get(name, {}), device, format_of(description))
+            dtype = self.model.get_submodule(path).get_parameter("weight").dtype
+            made: nn.Module
+            if name in slices:
+                parts = tuple(decoded(slice_name(name, i), dtype) for i in range(slices[name]))
+                stored = read_sliced(name, parts, safetensor, lambda n: to_numpy(safetensor[n]))
+                made = restored(stored, device, dtype)
+            elif description[f"{name}.weight"] == "FLOAT":
+                continue
+            else:
+                made = FakeQuantLinear(on_device(as_torch(decoded(name, dtype)), device), dtype)
+            self._put(path, made)
         self._load_floats(rename, description, safetensor)
         restore_attention(
             self.model,
@@ -102,24 +119,14 @@ class FakeQuantizeCalibrator:
             rename,
         )
 
-    def _put(
-        self,
-        path: str,
-        name: str,
-        kind: str,
-        tensors: dict[str, Any],
-        device: torch.device,
-        form: Format,
-    ) -> None:
+    def _put(self, path: str, module: nn.Module) -> None:
+        """Put a module in the place of a layer, offloaded as it was."""
         linear = self.model.get_submodule(path)
-        dtype = linear.weight.dtype
-        layer = form.decode(
-            name, scheme_of(name, kind, tensors), tensors, _stored_dtype(tensors, dtype)
-        )
+        for local, part in module.named_modules():
+            if isinstance(part, FakeQuantLinear):
+                keep_like(part, linear, ".".join(["codes", *filter(None, [local])]) + ".")
         parent, _, leaf = path.rpartition(".")
-        quantized = FakeQuantLinear(on_device(as_torch(layer), device), dtype)
-        keep_like(quantized, linear, "codes.")
-        setattr(self.model.get_submodule(parent), leaf, quantized)
+        setattr(self.model.get_submodule(parent), leaf, module)
 
     def _load_floats(
         self, rename: Any, description: dict[str, str], tensors: dict[str, torch.Tensor]

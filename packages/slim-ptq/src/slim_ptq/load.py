@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from slim_core.checkpoint import Checkpoint, open_checkpoint
 from slim_core.errors import CheckpointError, StructureError
 from slim_core.files import PathLike, as_path
-from slim_core.layers import QuantizedLinear
 from slim_core.quantized import QuantizedCheckpoint, is_quantized
+from slim_core.tensor_parallel import TYPE, slice_name
 from slim_ptq.attention.restore import restore_attention
 from slim_ptq.devices import torch_device
 from slim_ptq.loading import empty_model, load_parameters, model_factory
-from slim_ptq.modules import FakeQuantLinear, on_device
+from slim_ptq.modules import FakeQuantLinear, as_torch, on_device
 from slim_ptq.structure import checkpoint_names, find_linears, is_linear, unfuse_experts
 from slim_ptq.structure.norms import is_norm_like
+from slim_ptq.tensor_parallel import restored
 from slim_ptq.tensors import from_numpy
 from slim_ptq.transforms import add_bias
 
@@ -62,15 +64,17 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
     rename = checkpoint_names(model)
     native: torch.dtype = getattr(torch, stored.model_dtype)
     dtype = torch.float32 if device.type == "cpu" else native
-    left = dict(stored.layers)
+    left = dict(stored.layers) | dict.fromkeys(stored.slices, TYPE)
     linears: dict[str, str] = {}
     for path in find_linears(model):
         name = rename(f"{path}.weight").removesuffix(".weight")
         linears[name] = path
-        if left.pop(name, None) is not None:
-            layer = on_device(as_torch(stored.layer(name)), device)
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, FakeQuantLinear(layer, dtype))
+        if left.pop(name, None) is None:
+            continue
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _restored(stored, name, device, dtype))
+        for index in range(stored.slices.get(name, 0)):
+            del left[slice_name(name, index)]
     if left:
         raise StructureError(f"the model has no layer {next(iter(left))}, which is described")
     _add_biases(model, stored, rename, device, dtype)
@@ -93,9 +97,13 @@ def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -
     return model
 
 
-def as_torch(layer: QuantizedLinear) -> QuantizedLinear:
-    """Return the layer with torch tensors in the place of arrays."""
-    return layer.map_tensors(from_numpy)
+def _restored(
+    stored: QuantizedCheckpoint, name: str, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Return what computes a quantized layer."""
+    if name in stored.slices:
+        return restored(stored.sliced(name), device, dtype)
+    return FakeQuantLinear(on_device(as_torch(stored.layer(name)), device), dtype)
 
 
 def _tied_names(model: Any, checkpoint: Checkpoint, rename: Callable[[str], str]) -> set[str]:

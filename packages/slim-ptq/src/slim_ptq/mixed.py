@@ -95,7 +95,9 @@ def _derive(config: QuantConfig, target: str) -> QuantScheme:
         return FLOAT
     try:
         # Per-group weights have set mm_tensor, which the derived configuration keeps.
-        return config.derive(**_CHANGES[target], mm_tensor=config.mm_tensor).scheme()
+        slices = config.tp_size if target == "w8a8" else None
+        changes = _CHANGES[target] | {"mm_tensor": config.mm_tensor, "tp_size": slices}
+        return config.derive(**changes).scheme()
     except SlimError as error:
         raise InvalidValueError(
             f"mix_cfg asks for {target!r}, which does not go with the "

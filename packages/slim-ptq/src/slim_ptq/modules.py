@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slim_core.dtypes import IntType
+from slim_core.dtypes import CodeType, IntType, TableType
 from slim_core.kronecker import transform_input
 from slim_core.layers import LAYER_TENSORS, QuantizedLinear
 from slim_core.microscaling import round_groups
 from slim_core.numerics import quantize, quantize_per_token
 from slim_core.scheme import Granularity, Variant
+from slim_core.tables import decode_table
 from slim_core.two_stage import SECOND_SCALE, two_stage_integers
+from slim_ptq.tensors import from_numpy
 
 
 class FakeQuantLinear(nn.Module):
@@ -25,10 +27,12 @@ class FakeQuantLinear(nn.Module):
     * static activations: ``y = (q_x @ codes.T + quant_bias) * deq_scale``, the integer sums held
       in float32 (exact up to 2**24, beyond that to its rounding)
     * per-token activations: ``y = (q_x @ codes.T) * s_x * s_w + bias``; the codes of two-stage
-      weights are multiplied by the integers of their groups first, and FlatQuant transforms ``x``
+      weights are multiplied by the integers of their groups first, those of FP8 stand for levels
     * W8A8_MIX: per-token for sequences, static for the single token of a decode step
     * activations in groups: ``y = x_q @ W_q.T + bias``
     * float activations: ``y = x @ W_q.T + bias``
+
+    FlatQuant transforms ``x`` before it is quantized.
 
     Parameters
     ----------
@@ -90,11 +94,12 @@ class FakeQuantLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self.weight.to(x.dtype), bias)
         if activation.granularity is Granularity.PER_GROUP:
-            y = functional.linear(round_groups(x.float(), activation), self.weight.float())
+            values = round_groups(self._transformed(x), activation)
+            y = functional.linear(values, self.layer("").multiplied())
             return self._with_bias(y).to(x.dtype)
-        assert isinstance(activation.dtype, IntType)  # the only other types that there are
         is_sequence = x.ndim > 1 and x.shape[-2] > 1
         if self.scheme.is_static and not (self.scheme.variant is Variant.MIX and is_sequence):
+            assert isinstance(activation.dtype, IntType)  # narrowing: fixed ranges are of integers
             return self._static(x, activation.dtype)
         return self._per_token(x, activation.dtype)
 
@@ -111,23 +116,42 @@ class FakeQuantLinear(nn.Module):
         y: torch.Tensor = (products + self.quant_bias) * self.deq_scale
         return y.to(x.dtype)
 
-    def _per_token(self, x: torch.Tensor, dtype: IntType) -> torch.Tensor:
-        if self.scheme.variant is Variant.FLATQUANT:
-            values = transform_input(
-                x.float(), self.get_buffer("left_trans"), self.get_buffer("right_trans")
-            )
-            codes, scale = quantize_per_token(values, dtype, self.get_buffer("clip_ratio"))
-        else:
-            codes, scale = quantize_per_token(x.float(), dtype)
-        integers = self.codes.float()
+    def _per_token(self, x: torch.Tensor, dtype: CodeType) -> torch.Tensor:
+        flat = self.scheme.variant is Variant.FLATQUANT
+        clip_ratio = (self.get_buffer("clip_ratio"),) if flat else ()
+        codes, scale = quantize_per_token(self._transformed(x), dtype, *clip_ratio)
         if SECOND_SCALE in self._extras:
-            integers = two_stage_integers(self.codes, self.get_buffer(SECOND_SCALE))
-        products = functional.linear(codes.float(), integers)
+            weight = two_stage_integers(self.codes, self.get_buffer(SECOND_SCALE))
+        else:
+            assert self.scheme.weight is not None  # narrowing
+            weight = _levels(self.codes, self.scheme.weight.dtype)
+        products = functional.linear(_levels(codes, dtype), weight)
         y: torch.Tensor = products * scale * self.weight_scale.reshape(-1)
         return self._with_bias(y).to(x.dtype)
 
+    def _transformed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input as it is quantized, float32."""
+        if self.scheme.variant is not Variant.FLATQUANT:
+            return x.float()
+        factors = self.get_buffer("left_trans"), self.get_buffer("right_trans")
+        moved: torch.Tensor = transform_input(x.float(), *factors)
+        return moved
+
     def _with_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias
+
+
+def as_torch(layer: QuantizedLinear) -> QuantizedLinear:
+    """Return the layer with torch tensors in the place of arrays."""
+    return layer.map_tensors(from_numpy)
+
+
+def _levels(codes: torch.Tensor, dtype: CodeType) -> torch.Tensor:
+    """Return the numbers that codes stand for before they are scaled, float32."""
+    if not isinstance(dtype, TableType):
+        return codes.float()
+    levels: torch.Tensor = decode_table(codes, dtype)
+    return levels
 
 
 def on_device(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:

@@ -16,12 +16,14 @@ from slim_core.formats import FORMATS, NpyWriter
 from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
 from slim_core.quantized import ADDED_NORM_BIAS
+from slim_core.tensor_parallel import COMMUNICATION_KEYS, GATHER
 from slim_core.validate import check_choice, check_int, check_str_list, check_type
 from slim_ptq.attention.names import attention_tensors
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.norm_entries import FloatTensor, norm_entries
 from slim_ptq.offload import resident
 from slim_ptq.structure import is_linear
+from slim_ptq.tensor_parallel import ParallelLinear, parallel_tensors, saved_linear
 from slim_ptq.tensors import from_numpy, to_numpy
 from slim_ptq.transforms import has_added_bias, wrapped_norms
 
@@ -50,6 +52,12 @@ def save_model(
     formats = _formats(save_type)
     if "npy" in formats and _has_two_stages(model):
         formats = _without_npy(formats)
+    parallel = [m for m in model.modules() if isinstance(m, ParallelLinear)]
+    if parallel and "ascend_v1" in formats:
+        raise InvalidValueError(
+            "save_type ascendV1 cannot hold the slices of simulate_tp, which no reader of it knows",
+            hint="use safe_tensor or numpy",
+        )
     weight_file = _file_name("safetensors_name", safetensors_name, ".safetensors")
     description_file = _file_name("json_name", json_name, ".json")
     if part_file_size is not None:
@@ -101,7 +109,7 @@ def iter_tensors(
     wrapped = wrapped_norms(model)
     seen: dict[int, nn.Parameter] = {}  # which also keeps them, so that no number comes again
     for path, module in model.named_modules():
-        name = rename(f"{path}.weight").removesuffix(".weight")
+        name = saved_linear(path, rename)
         if isinstance(module, FakeQuantLinear):
             with resident(module, recurse=False):
                 yield module.layer(name)
@@ -142,6 +150,11 @@ def _export(
                 added.append(item.name)
     for name, tensor, kind in attention_tensors(model, rename):
         export.add_float(name, to_numpy(tensor), kind)
+    for name, tensor, kind in parallel_tensors(model, rename):
+        export.add_float(name, to_numpy(tensor), kind)
+        if name.endswith(GATHER):
+            for key, value in COMMUNICATION_KEYS.items():
+                export.describe(key, value)
     if added and not copies:
         export.describe("metadata", {ADDED_NORM_BIAS: added})
 
@@ -155,7 +168,10 @@ def _save_npy(model: nn.Module, rename: Callable[[str], str], directory: Path) -
         elif item.tensor is not None:
             layer, _, local = item.name.rpartition(".")
             writer.add(layer, {local: to_numpy(item.tensor)})
-    for name, tensor, _ in attention_tensors(model, rename):
+    for name, tensor, _ in (
+        *attention_tensors(model, rename),
+        *parallel_tensors(model, rename),
+    ):
         layer, _, local = name.rpartition(".")
         writer.add(layer, {local: to_numpy(tensor)})
     writer.close()

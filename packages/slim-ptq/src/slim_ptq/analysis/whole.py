@@ -16,8 +16,7 @@ from slim_core.errors import NumericalError
 from slim_core.progress import track
 from slim_core.quantized import QuantizedCheckpoint
 from slim_ptq.evaluate import evaluating, input_device
-from slim_ptq.load import as_torch
-from slim_ptq.modules import FakeQuantLinear, on_device
+from slim_ptq.modules import FakeQuantLinear, as_torch, on_device
 
 _ROWS = 512  # logits that are compared at once: float32 rows of a large vocabulary take gigabytes
 
