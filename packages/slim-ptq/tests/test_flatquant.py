@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from slim_core.dtypes import INT4
 from slim_core.errors import InvalidValueError, PlanError
 from slim_core.kronecker import kronecker_pair, restore_weight, transform_input
 from slim_core.quantized import QuantizedCheckpoint
 from slim_core.recipe import Recipe
-from slim_core.scheme import QuantScheme
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
 from slim_ptq.calibration.text import TokenWindows
@@ -31,6 +32,10 @@ from slim_ptq.pipeline import check_alone
 from slim_ptq.prepare import prepare
 
 SCHEME = "w4a4_flatquant_dynamic"
+WEIGHT, INPUT = (
+    TensorScheme(INT4, Granularity.PER_CHANNEL),
+    TensorScheme(INT4, Granularity.PER_TOKEN),
+)
 SHORT = {"name": "flatquant", "epochs": 2}
 GROUP = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 
@@ -77,8 +82,8 @@ def disturbed(channels: int = 24, out: int = 8) -> tuple[nn.Linear, SharedInput,
     torch.manual_seed(0)
     layer = nn.Linear(channels, out)
     index = torch.arange(channels) // 2
-    shared = SharedInput(channels, 0, torch.ones(channels // 2), index)
-    trained = TrainedLinear(layer, shared)
+    shared = SharedInput(channels, INPUT, 0, torch.ones(channels // 2), index)
+    trained = TrainedLinear(layer, WEIGHT, shared)
     with torch.no_grad():
         for parameter in shared.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -91,7 +96,7 @@ def test_transforms_and_scales_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 5, 24)
     with torch.no_grad():
         assert float((trained(x) - layer(x)).abs().max()) > 0.05  # rounding is there ...
-        monkeypatch.setattr(training, "fake_round", lambda x, ratio: x)
+        monkeypatch.setattr(training, "fake_round", lambda x, ratio, scheme: x)
         layer, _, trained = disturbed()
         torch.testing.assert_close(trained(x), layer(x), atol=1e-5, rtol=1e-5)  # ... alone
 
@@ -113,8 +118,8 @@ def test_a_layer_in_training_is_the_layer_that_is_stored(saved_model: Callable[.
     moved = transform_input(x, what.left, what.right)
     exact = moved @ what.weight(linear.weight.detach()).T
     torch.testing.assert_close(exact, linear(x).detach(), atol=1e-4, rtol=1e-4)
-    weight = training.fake_round(what.weight(linear.weight.detach()), what.row_clip)
-    expected = training.fake_round(moved, what.clip_ratio) @ weight.T
+    weight = training.fake_round(what.weight(linear.weight.detach()), what.row_clip, WEIGHT)
+    expected = training.fake_round(moved, what.clip_ratio, INPUT) @ weight.T
     with torch.no_grad():
         found = FakeQuantLinear(layer, torch.float32)(x)
     error = (found - expected).norm() / expected.norm()
@@ -122,7 +127,8 @@ def test_a_layer_in_training_is_the_layer_that_is_stored(saved_model: Callable[.
 
 
 def train(model: Any) -> dict[str, LayerInputs]:
-    return train_model(model, samples(), linears(model))
+    methods = linears(model)
+    return train_model(model, samples(), methods, dict.fromkeys(methods, QuantScheme.parse(SCHEME)))
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -232,7 +238,7 @@ def test_other_schemes_and_no_data_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match="method flatquant needs calibration data"):
         quantize(saved_model("llama"), tmp_path / "out", scheme=SCHEME)
-    with pytest.raises(PlanError, match="only w4a4_flatquant_dynamic layers"):
+    with pytest.raises(PlanError, match="only the schemes with flatquant"):
         quantize(saved_model("llama"), tmp_path / "out", scheme="w4a16", method="flatquant")
 
 

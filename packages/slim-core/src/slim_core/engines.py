@@ -13,13 +13,22 @@ _LIMITED = {
     "W4A16": "W4A16 is read by MindIE only, fastest with groups of 128",
     "W8A8_MIX": "W8A8_MIX is read by vllm-ascend from v0.12 on and by MindIE",
     "W8A8S": "W8A8S is read on Ascend 310P (vllm-ascend, MindIE), for float16 models",
+    "W8A8FP8_DYNAMIC": "W8A8FP8_DYNAMIC is read by vllm-ascend, on Ascend 950",
+    "W4A16_MXFP4": "W4A16_MXFP4 is read by vllm-ascend, of experts only, on Ascend 950",
     "W8A8_MXFP8": "W8A8_MXFP8 is read by vllm-ascend from v0.13 on, on Ascend 950",
     "W4A8_MXFP": "W4A8_MXFP is read by vllm-ascend from v0.21 on, on Ascend 950",
     "W4A4_MXFP4": "W4A4_MXFP4 is read by vllm-ascend from v0.19.1 on, on Ascend 950",
+    "W4A4_MXFP4_FLATQUANT": (
+        "W4A4_MXFP4_FLATQUANT is read by vllm-ascend from v0.20.2 on, on Ascend 950, without "
+        "tensor parallelism"
+    ),
     "W4A4_DYNAMIC": "W4A4_DYNAMIC is read by vllm-ascend from v0.14 on and by SGLang",
     "W4A4_FLATQUANT_DYNAMIC": "W4A4_FLATQUANT_DYNAMIC is read by vllm-ascend from v0.11 on",
 }
-_EXPERT_TYPES = ("W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4")
+_EXPERT_TYPES = (
+    *("W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A8FP8_DYNAMIC"),
+    *("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W4A16_MXFP4"),
+)
 
 
 def reader_warnings(schemes: Mapping[str, QuantScheme], model_dtype: str) -> Iterator[str]:

@@ -167,7 +167,7 @@ def dequantize_weight(
 
 
 def quantize_per_token(
-    x: Array, dtype: IntType, clip_ratio: Array | float = 1.0
+    x: Array, dtype: CodeType, clip_ratio: Array | float = 1.0
 ) -> tuple[Array, Array]:
     """Quantize an activation symmetrically with one scale for each vector of the last axis.
 
@@ -180,7 +180,8 @@ def quantize_per_token(
     -------
     codes : array, int8, shape of x
     scale : array, float32, shape of x with a last axis of 1
-        ``s = clip_ratio * max|x| / (2**(b-1) - 1)``.
+        ``s = clip_ratio * max|x| / (2**(b-1) - 1)``, the last being the largest level of types
+        with a table.
     """
     xp = array_namespace(x)
     peak = xp.max(xp.abs(x), axis=-1, keepdims=True) * clip_ratio

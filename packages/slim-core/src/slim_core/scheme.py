@@ -15,9 +15,12 @@ lower case with what that leaves open::
     w4a4_dynamic         int4 weights and activations
     w4a4_flatquant_dynamic  the same after a learned transform of the input
     nf4                  4-bit NormalFloat in blocks of 64; ``nf4_b128`` in blocks of 128
+    w8a8fp8_dynamic      FP8 E4M3, one scale per output channel and per token
     w8a8_mxfp8           FP8 E4M3 in groups of 32 with a shared power of two
     w4a8_mxfp            FP4 E2M1 weights, FP8 E4M3 activations, both in groups of 32
     w4a4_mxfp4           FP4 E2M1, both in groups of 32
+    w4a4_mxfp4_flatquant the same after a learned transform of the input
+    w4a16_mxfp4          FP4 E2M1 weights only, in groups of 32
     float                left in floating point
 
 ``_tensor`` asks for one scale for the whole weight matrix, ``_asym`` for zero points.
@@ -27,67 +30,41 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 
-from slim_core.dtypes import INT4, INT8, CodeType
+from slim_core.ascend_types import (
+    ASCEND_TYPES,
+    MX_GROUP,
+    PER_TOKEN_FP8,
+    PER_TOKEN_INT4,
+    PER_TOKEN_INT8,
+    REFUSED_TYPES,
+    STATIC_INT8,
+    TYPE_PRIORITY,
+    AscendType,
+    Variant,
+    model_type,
+)
+from slim_core.dtypes import CodeType
 from slim_core.errors import InvalidValueError
-from slim_core.tables import FP4, FP8, NF4
-from slim_core.validate import check_int, check_type, did_you_mean
+from slim_core.tensor_scheme import Granularity, ScaleKind, TensorScheme
+from slim_core.validate import check_type, did_you_mean
 
-
-class Granularity(str, Enum):
-    """Over which elements one scale is shared."""
-
-    PER_TENSOR = "per_tensor"
-    PER_CHANNEL = "per_channel"  # one scale per output channel (row) of a weight
-    PER_GROUP = "per_group"  # one scale per group of input channels of each row
-    PER_BLOCK = "per_block"  # one scale per block of consecutive elements, rows after one another
-    PER_TOKEN = "per_token"  # one scale per row of an activation, found at run time
-
-
-class ScaleKind(str, Enum):
-    """What kind of number a scale is."""
-
-    FLOAT = "float"
-    TWO_STAGE = "two_stage"  # an integer per group times a float per channel, arXiv:2405.04532
-    E8M0 = "e8m0"  # a power of two, of the OCP microscaling formats
-
-
-class Variant(str, Enum):
-    """What tells apart layers of equal value types that are made or run in different ways."""
-
-    NONE = "none"
-    SPARSE = "sparse"  # W8A8S: the weight scale is not stored
-    MIX = "mix"  # W8A8_MIX: static activations in decode, per-token ones in prefill
-    FLATQUANT = "flatquant"  # learned affine transforms of the input, arXiv:2410.09426
-
-
-@dataclass(frozen=True, slots=True)
-class TensorScheme:
-    """How one tensor is quantized.
-
-    Parameters
-    ----------
-    dtype : IntType or TableType
-    granularity : Granularity
-    symmetric : bool
-        Whether the zero point is fixed at 0.
-    group_size : int
-        Number of input channels (PER_GROUP) or elements (PER_BLOCK) that share a scale, else 0.
-    scales : ScaleKind
-    """
-
-    dtype: CodeType
-    granularity: Granularity
-    symmetric: bool = True
-    group_size: int = 0
-    scales: ScaleKind = ScaleKind.FLOAT
-
-    def __post_init__(self) -> None:
-        grouped = self.granularity in (Granularity.PER_GROUP, Granularity.PER_BLOCK)
-        check_int(
-            "group_size", self.group_size, low=1 if grouped else 0, high=None if grouped else 0
-        )
+__all__ = [
+    "FLOAT",
+    "KNOWN_SCHEMES",
+    "MX_GROUP",
+    "PER_TOKEN_FP8",
+    "PER_TOKEN_INT4",
+    "PER_TOKEN_INT8",
+    "STATIC_INT8",
+    "TYPE_PRIORITY",
+    "Granularity",
+    "QuantScheme",
+    "ScaleKind",
+    "TensorScheme",
+    "Variant",
+    "model_type",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +86,14 @@ class QuantScheme:
         Raises
         ------
         InvalidTypeError, InvalidValueError
-            ``text`` is not a scheme.
+            ``text`` is not a scheme, or a type that is known and not made; says why.
         """
         words = check_type("scheme", text, str).lower()
         if words == "float":
             return FLOAT
+        if words.upper() in REFUSED_TYPES:
+            reason = REFUSED_TYPES[words.upper()]
+            raise InvalidValueError(f"scheme {text!r} cannot be made: {reason}")
         match = _GRAMMAR.fullmatch(words)
         scheme = _from_match(match) if match else None
         if scheme is None:
@@ -156,19 +136,20 @@ class QuantScheme:
         kind = _BY_KEY.get(self._key)
         if kind is None:
             raise InvalidValueError(f"scheme {self} has no Ascend type")
-        return kind.type
+        return kind.name
 
     @property
     def _key(self) -> _Key:
         assert self.weight is not None
+        powers = self.weight.scales is ScaleKind.E8M0
         activation = None if self.activation is None else self.activation.dtype
-        return (self.weight.dtype, activation, self.is_dynamic, self.variant)
+        return (self.weight.dtype, powers, activation, self.is_dynamic, self.variant)
 
     def __str__(self) -> str:
         if self.weight is None:
             return "float"
         kind = _BY_KEY.get(self._key)
-        text = self._plain_name() if kind is None else kind.type.lower()
+        text = self._plain_name() if kind is None else kind.name.lower()
         if self.weight.granularity is Granularity.PER_TENSOR:
             text += "_tensor"
         elif kind is None or self.weight.group_size != kind.group_size:
@@ -186,63 +167,16 @@ class QuantScheme:
 
 FLOAT = QuantScheme(weight=None)
 
-STATIC_INT8 = TensorScheme(INT8, Granularity.PER_TENSOR, symmetric=False)
-PER_TOKEN_INT8 = TensorScheme(INT8, Granularity.PER_TOKEN)
-PER_TOKEN_INT4 = TensorScheme(INT4, Granularity.PER_TOKEN)
-MX_GROUP = 32
-_MXFP8, _MXFP4 = (
-    TensorScheme(dtype, Granularity.PER_GROUP, True, MX_GROUP, ScaleKind.E8M0)
-    for dtype in (FP8, FP4)
-)
-
-_Key = tuple[CodeType, CodeType | None, bool, Variant]
+_Key = tuple[CodeType, bool, CodeType | None, bool, Variant]
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """An Ascend type and what its weights can be besides per channel and symmetric.
-
-    ``group_size`` is that of a text which gives none, ``letter`` stands before one in the text.
-    """
-
-    type: str
-    weight: CodeType
-    activation: TensorScheme | None = None
-    variant: Variant = Variant.NONE
-    group_size: int = 0
-    letter: str = ""
-    tensor: bool = False
-    asymmetric: bool = False
-    group_scales: ScaleKind = ScaleKind.FLOAT
-
-    @property
-    def key(self) -> _Key:
-        return QuantScheme(
-            TensorScheme(self.weight, Granularity.PER_CHANNEL), self.activation, self.variant
-        )._key
+def _scheme(kind: AscendType, weight: TensorScheme) -> QuantScheme:
+    return QuantScheme(weight, kind.activation, kind.variant)
 
 
-# In the order of TYPE_PRIORITY.
-_KINDS = (
-    _Kind("NF4", NF4, group_size=64, letter="b"),
-    _Kind("W4A16", INT4, letter="g", tensor=True, asymmetric=True),
-    _Kind("W8A16", INT8, letter="g", tensor=True, asymmetric=True),
-    _Kind("W8A8_DYNAMIC", INT8, PER_TOKEN_INT8, tensor=True),
-    _Kind("W8A8_MIX", INT8, STATIC_INT8, Variant.MIX, tensor=True),
-    _Kind("W8A8", INT8, STATIC_INT8, tensor=True),
-    _Kind("W8A8S", INT8, STATIC_INT8, Variant.SPARSE, tensor=True),
-    _Kind("W8A8_MXFP8", FP8, _MXFP8, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),
-    _Kind("W4A8_DYNAMIC", INT4, PER_TOKEN_INT8, letter="g", group_scales=ScaleKind.TWO_STAGE),
-    _Kind("W4A8_MXFP", FP4, _MXFP8, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),
-    _Kind("W4A4_DYNAMIC", INT4, PER_TOKEN_INT4),
-    _Kind("W4A4_FLATQUANT_DYNAMIC", INT4, PER_TOKEN_INT4, Variant.FLATQUANT),
-    _Kind("W4A4_MXFP4", FP4, _MXFP4, group_size=MX_GROUP, group_scales=ScaleKind.E8M0),
-)
-_BY_NAME = {kind.type.lower(): kind for kind in _KINDS}
-_BY_KEY = {kind.key: kind for kind in _KINDS}
+_BY_NAME = {kind.name.lower(): kind for kind in ASCEND_TYPES}
+_BY_KEY = {_scheme(kind, kind.weight_scheme())._key: kind for kind in ASCEND_TYPES}
 
-# What a mixed model is called as a whole: the last of these that it contains.
-TYPE_PRIORITY = ("FLOAT", *(kind.type for kind in _KINDS))
 KNOWN_SCHEMES = (
     "w8a8",
     "w8a8_dynamic",
@@ -258,9 +192,12 @@ KNOWN_SCHEMES = (
     "w4a4_dynamic",
     "w4a4_flatquant_dynamic",
     "nf4",
+    "w8a8fp8_dynamic",
     "w8a8_mxfp8",
     "w4a8_mxfp",
     "w4a4_mxfp4",
+    "w4a4_mxfp4_flatquant",
+    "w4a16_mxfp4",
     "float",
 )
 
@@ -268,11 +205,6 @@ _GRAMMAR = re.compile(
     r"([a-z0-9_]+?)(?:_(?P<letter>[a-z])(?P<group>[1-9]\d{0,6})|(?P<tensor>_tensor))?(?P<asym>_asym)?",
     re.ASCII,
 )
-
-
-def model_type(types: set[str]) -> str:
-    """Return the type name of a model whose layers have these type names."""
-    return max(types, key=TYPE_PRIORITY.index, default="FLOAT")
 
 
 def _from_match(match: re.Match[str]) -> QuantScheme | None:
@@ -284,14 +216,6 @@ def _from_match(match: re.Match[str]) -> QuantScheme | None:
         or (match["asym"] and not kind.asymmetric)
     ):
         return None
-    size = int(match["group"] or kind.group_size)
-    scales = ScaleKind.FLOAT
-    granularity = Granularity.PER_CHANNEL
-    if match["tensor"]:
-        granularity = Granularity.PER_TENSOR
-    elif kind.letter == "b":
-        granularity = Granularity.PER_BLOCK
-    elif size:
-        granularity, scales = Granularity.PER_GROUP, kind.group_scales
-    weight = TensorScheme(kind.weight, granularity, match["asym"] is None, size, scales)
-    return QuantScheme(weight, kind.activation, kind.variant)
+    tensor, asymmetric = match["tensor"] is not None, match["asym"] is not None
+    size = int(match["group"] or 0)
+    return _scheme(kind, kind.weight_scheme(size, tensor=tensor, asymmetric=asymmetric))

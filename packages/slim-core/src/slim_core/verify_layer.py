@@ -9,6 +9,7 @@ import numpy as np
 from slim_core.dtypes import IntType
 from slim_core.formats import decode_deq_scale, scale_bias
 from slim_core.layers import QuantizedLinear
+from slim_core.scheme import ScaleKind
 from slim_core.two_stage import LARGEST_GROUP_SCALE, SECOND_SCALE
 
 _SCALE_BIAS_TOLERANCE = 0.01  # of its largest element: some writers form it in bfloat16
@@ -75,6 +76,9 @@ def _transform_problems(layer: QuantizedLinear) -> Iterator[str]:
     ratio = layer.extras.get("clip_ratio")
     if ratio is not None and not 0 < float(ratio[0]) <= 1:
         yield f"{layer.name}.clip_ratio must be above 0 and at most 1, not {float(ratio[0])}"
+    powers = layer.scheme.weight is not None and layer.scheme.weight.scales is ScaleKind.E8M0
+    if ratio is not None and powers and float(ratio[0]) != 1:
+        yield f"{layer.name}.clip_ratio must be 1, since scales that are powers of two do not clip"
     for key in ("left_trans", "right_trans"):
         matrix = layer.extras.get(key)
         if matrix is not None and np.linalg.matrix_rank(matrix) < len(matrix):

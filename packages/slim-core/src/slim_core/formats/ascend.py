@@ -131,10 +131,13 @@ class AscendV1Format(SafeTensorFormat):
 
     def description(self, model_type: str, group_size: int) -> dict[str, Any]:
         """Return version, type and an integer group size (0: no groups)."""
+        # Transforms of whole rows: devices cannot share the input channels of such a layer.
+        one = {"max_supported_tp": 1} if model_type == "W4A4_MXFP4_FLATQUANT" else {}
         return {
             "version": "1.0.0",
             "model_quant_type": model_type,
             "group_size": group_size,
+            **one,
             "metadata": {},
             "optional": {},
         }

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slim_core.dtypes import INT4
 from slim_core.kronecker import transform_input
+from slim_core.microscaling import round_groups
 from slim_core.numerics import EPS
+from slim_core.scheme import ScaleKind, TensorScheme
 from slim_ptq.flatquant.transform import Kronecker
 from slim_ptq.structure import bias_of, weight_of
 
@@ -22,6 +23,8 @@ class SharedInput(nn.Module):
     Parameters
     ----------
     channels : int
+    scheme : TensorScheme
+        Of the activations.
     seed : int
         Of the rotations to begin with.
     scales : torch.Tensor, optional
@@ -36,13 +39,15 @@ class SharedInput(nn.Module):
     def __init__(
         self,
         channels: int,
+        scheme: TensorScheme,
         seed: int,
         scales: torch.Tensor | None = None,
         index: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.transform = Kronecker(channels, seed)
-        self.clip = nn.Parameter(torch.tensor([_INPUT_CLIP]))
+        self.clip = _clip(torch.tensor([_INPUT_CLIP]), scheme)
+        self._scheme = scheme
         self.log_scales = None if scales is None else nn.Parameter(scales.log())
         self.register_buffer("index", index)
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -68,7 +73,7 @@ class SharedInput(nn.Module):
         """Return the input as the engine multiplies it, float32; computed once for all readers."""
         if self._seen is None or self._seen[0] is not x:
             moved = transform_input(x.float() / self._channel_scales(), *self.matrices)
-            self._seen = x, fake_round(moved, torch.sigmoid(self.clip))
+            self._seen = x, fake_round(moved, torch.sigmoid(self.clip), self._scheme)
         return self._seen[1]
 
     def weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -87,6 +92,8 @@ class TrainedLinear(nn.Module):
     ----------
     linear : nn.Module
         ``nn.Linear`` or Conv1D.
+    scheme : TensorScheme
+        Of the weight.
     shared : SharedInput
         Registered by whoever trains it, since it has several readers.
     """
@@ -94,13 +101,14 @@ class TrainedLinear(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, linear: nn.Module, shared: SharedInput) -> None:
+    def __init__(self, linear: nn.Module, scheme: TensorScheme, shared: SharedInput) -> None:
         super().__init__()
         weight = weight_of(linear)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias_of(linear))
         clip = torch.full((len(weight), 1), _WEIGHT_CLIP, device=weight.device)
-        self.clip = nn.Parameter(clip)
+        self.clip = _clip(clip, scheme)
+        self._scheme = scheme
         self._shared = (shared,)
 
     def become_plain(self) -> None:
@@ -111,19 +119,32 @@ class TrainedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for ``x`` of shape (..., in), in the dtype of ``x``."""
         shared = self._shared[0]
-        weight = fake_round(shared.weight(self.weight.float()), torch.sigmoid(self.clip))
+        moved = shared.weight(self.weight.float())
+        weight = fake_round(moved, torch.sigmoid(self.clip), self._scheme)
         bias = None if self.bias is None else self.bias.float()
         return functional.linear(shared(x), weight, bias).to(x.dtype)
 
 
-def fake_round(x: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """Round each vector of the last axis to int4 symmetrically, clipped to a share of its peak.
+def fake_round(x: torch.Tensor, ratio: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """Round as a scheme does; the gradient passes as if that were not there (arXiv:1308.3432).
 
-    The values are those of :func:`slim_core.numerics.quantize_per_token`; the gradient passes
-    rounding as if it were not there (arXiv:1308.3432).
+    Integers: each vector of the last axis symmetrically, clipped to ``ratio`` of its peak, as
+    :func:`slim_core.numerics.quantize_per_token` does.  Groups that share a power of two are
+    :func:`slim_core.microscaling.round_groups` and know no ratio.
     """
+    if scheme.scales is ScaleKind.E8M0:
+        plain = x.detach()
+        return x + (round_groups(plain, scheme) - plain)
+    dtype = scheme.dtype
     peak = x.abs().amax(dim=-1, keepdim=True) * ratio
-    scale = (peak / INT4.max).clamp(min=EPS)
+    scale = (peak / dtype.max).clamp(min=EPS)
     levels = x / scale
     rounded = levels + (levels.round() - levels).detach()
-    return rounded.clamp(INT4.min, INT4.max) * scale
+    return rounded.clamp(-dtype.max - 1, dtype.max) * scale
+
+
+def _clip(start: torch.Tensor, scheme: TensorScheme) -> nn.Parameter:
+    """Return clip ratios before the sigmoid; powers of two for scales leave none to learn."""
+    if scheme.scales is ScaleKind.E8M0:
+        return nn.Parameter(torch.full_like(start, _OPEN), requires_grad=False)
+    return nn.Parameter(start)

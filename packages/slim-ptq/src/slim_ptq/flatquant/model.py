@@ -11,6 +11,7 @@ from torch import nn
 from slim_core.errors import CalibrationError, NumericalError
 from slim_core.logging import get_logger
 from slim_core.progress import track
+from slim_core.scheme import QuantScheme
 from slim_ptq.calibration.block_samples import BlockSamples
 from slim_ptq.calibration.capture import BlockCalls, capture_run, output_form
 from slim_ptq.calibration.hidden import HiddenStates
@@ -24,7 +25,10 @@ _log = get_logger("ptq")
 
 
 def train_model(
-    model: nn.Module, samples: Sequence[Sample], methods: Mapping[str, FlatQuant]
+    model: nn.Module,
+    samples: Sequence[Sample],
+    methods: Mapping[str, FlatQuant],
+    schemes: Mapping[str, QuantScheme],
 ) -> dict[str, LayerInputs]:
     """Train all blocks of a model; each gets the outputs of the float block before it.
 
@@ -37,6 +41,8 @@ def train_model(
         At least one.
     methods : mapping
         How the layers to train, by their names, are trained.
+    schemes : mapping
+        How these layers will be quantized.
 
     Returns
     -------
@@ -71,7 +77,8 @@ def train_model(
                     hidden.put(batch, inputs.run(block, batch))
             if mine:
                 trace = _trace(name, block, index, calls[short], hidden[short])
-                learned = train_block(name, block, trace, mine, inputs)
+                kinds = {local: schemes[prefix + local] for local in mine}
+                learned = train_block(name, block, trace, mine, kinds, inputs)
                 for local, what in learned.items():
                     found[prefix + local] = LayerInputs(inputs.tokens, learned=what)
         hidden.advance()

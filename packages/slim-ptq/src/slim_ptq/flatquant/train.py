@@ -11,6 +11,7 @@ from torch import nn
 
 from slim_core.errors import NumericalError
 from slim_core.logging import get_logger
+from slim_core.scheme import QuantScheme, TensorScheme
 from slim_ptq.calibration.block_samples import BlockSamples
 from slim_ptq.flatquant.linear import SharedInput, TrainedLinear
 from slim_ptq.methods.flatquant import FlatQuant
@@ -32,6 +33,7 @@ def train_block(
     block: nn.Module,
     trace: BlockTrace,
     methods: Mapping[str, FlatQuant],
+    schemes: Mapping[str, QuantScheme],
     samples: BlockSamples,
     *,
     stored: Mapping[str, torch.dtype] | None = None,
@@ -51,6 +53,8 @@ def train_block(
     methods : mapping
         How the layers to train, by their local names, are trained.  The options of the first hold
         for the block.
+    schemes : mapping
+        How these layers will be quantized.
     stored : mapping, optional
         In which dtype the weights of norms, by local names, will be stored, where that is another
         one than that of the block.
@@ -68,7 +72,9 @@ def train_block(
     """
     options = next(iter(methods.values()))
     with torch.enable_grad(), _frozen(block):
-        training = _Training(name, block, trace, set(methods), samples, options)
+        training = _Training(
+            name, block, trace, {local: schemes[local] for local in methods}, samples, options
+        )
         with training.installed():
             training.train()
         learned = training.learned()
@@ -84,11 +90,12 @@ class _Training:
         name: str,
         block: nn.Module,
         trace: BlockTrace,
-        layers: set[str],
+        layers: Mapping[str, QuantScheme],
         samples: BlockSamples,
         options: FlatQuant,
     ) -> None:
         self._name, self._block, self._samples, self._options = name, block, samples, options
+        self._schemes = layers
         self._float = {local: block.get_submodule(local) for local in sorted(layers)}
         self._power = [
             float(samples.target(i).float().square().mean()) for i in range(len(samples))
@@ -105,7 +112,7 @@ class _Training:
                 if link is not None:
                     self._links.append((link, shared))
         self._linears = {
-            local: TrainedLinear(self._float[local], shared)
+            local: TrainedLinear(self._float[local], self._weight_scheme(local), shared)
             for local, shared in self._shared.items()
         }
         everything: list[Any] = [*dict.fromkeys(self._shared.values()), *self._linears.values()]
@@ -140,12 +147,19 @@ class _Training:
 
     def _share(self, members: Sequence[str], peak: torch.Tensor, link: Link | None) -> SharedInput:
         seed = self._options.seed + self._samples.index
+        scheme = self._schemes[members[0]].activation
+        assert scheme is not None  # narrowing: only schemes of transforms are trained
         if link is None:
-            return SharedInput(len(peak), seed)
+            return SharedInput(len(peak), scheme, seed)
         weights = [weight_of(self._float[local]).float().abs().amax(dim=0) for local in members]
         scales = smooth_scales(peak, torch.stack(weights).amax(dim=0), self._options.alpha)
         index = link.targets[0].index.to(peak.device)
-        return SharedInput(len(peak), seed, link.to_source(scales), index)
+        return SharedInput(len(peak), scheme, seed, link.to_source(scales), index)
+
+    def _weight_scheme(self, local: str) -> TensorScheme:
+        scheme = self._schemes[local].weight
+        assert scheme is not None  # narrowing: only quantized layers are trained
+        return scheme
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -227,10 +241,14 @@ class _Training:
         clips: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in self._modules.named_parameters():
-            (clips if name.endswith("clip") else others).append(parameter)
+            if parameter.requires_grad:
+                (clips if name.endswith("clip") else others).append(parameter)
         rate = self._options.lr
         optimizer = torch.optim.AdamW(
-            [{"params": others, "lr": rate}, {"params": clips, "lr": rate * _CLIP_RATE}],
+            [
+                {"params": others, "lr": rate},
+                *([{"params": clips, "lr": rate * _CLIP_RATE}] if clips else []),
+            ],
             weight_decay=0.0,
         )
         steps = self._options.epochs * len(self._samples)

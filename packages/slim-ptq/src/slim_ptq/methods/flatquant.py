@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from slim_core.numerics import EPS, check_finite, quantize_weight
-from slim_core.scheme import QuantScheme, TensorScheme, Variant
+from slim_core.numerics import EPS, check_finite, quantize_weight, weight_params
+from slim_core.scheme import QuantScheme, ScaleKind, TensorScheme, Variant
 from slim_core.validate import check_float, check_int
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
 from slim_ptq.methods.choices import check_enum
@@ -75,7 +75,7 @@ class FlatQuant:
         """Return why a scheme has no place for transforms, None if it has."""
         if scheme.variant is Variant.FLATQUANT:
             return None
-        return "only w4a4_flatquant_dynamic layers transform their inputs"
+        return "only the schemes with flatquant in their names transform inputs"
 
     def quantize(
         self,
@@ -109,6 +109,9 @@ class FlatQuant:
 
 
 def _clipped(weight: torch.Tensor, scheme: TensorScheme, learned: LearnedTransform) -> Parts:
+    if scheme.scales is ScaleKind.E8M0:
+        scale, offset = weight_params(weight, scheme)
+        return Parts(quantize_weight(weight, scale, offset, scheme), scale, offset)
     peak = weight.abs().amax(dim=1, keepdim=True) * learned.row_clip
     scale = (peak / scheme.dtype.max).clamp(min=EPS)
     offset = torch.zeros_like(scale)

@@ -276,6 +276,7 @@ class _Job:
             block,
             trace_block(block, *runner.example(index)),
             trained,
+            {local: quantized[local].scheme for local in trained},
             samples,
             stored={local: tensor.dtype for local, tensor in stored.items()},
         )
