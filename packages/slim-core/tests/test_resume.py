@@ -45,6 +45,14 @@ def test_going_on(tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["0", "1"]
 
 
+def test_what_a_killed_write_left_is_not_in_the_output(tmp_path):
+    interrupted(tmp_path / "out")
+    (partial_path(tmp_path / "out") / "..journal.json.0123abcd.tmp").write_text("{")
+    with resumable_dir(tmp_path / "out", PRINTS, resume=True):
+        pass
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["0", "1"]
+
+
 def test_an_interrupted_run_is_not_thrown_away_by_accident(tmp_path):
     interrupted(tmp_path / "out")
     with (

@@ -81,6 +81,41 @@ def test_a_state_survives_the_start_of_the_next_one(tmp_path):
     assert (tmp_path / "m.safetensors").read_bytes().endswith(bytes([0, 1, 2, 7, 7, 7, 7, 7]))
 
 
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_finished_state_survives_the_renaming(tmp_path, renamed):
+    """Killed while files get their names: some have them, and what is on disk else is the same."""
+    values = {name: np.arange(40, dtype=np.int8) for name in "ab"}
+    writer = ShardWriter(tmp_path, "m", max_shard_bytes=50)
+    for name, array in values.items():
+        writer.add(name, array)
+    writer.save_state()
+    writer.finish()
+    state = json.loads(json.dumps(writer.save_state()))
+    hidden = [path.path for path in writer._parts]
+    final = writer.close()
+    whole = content(tmp_path)
+    for path, file in list(zip(hidden, final, strict=False))[renamed:]:
+        file.rename(path)
+    again = ShardWriter.from_state(tmp_path, state)
+    again.finish()
+    assert again.close() == final
+    assert content(tmp_path) == whole
+
+
+def test_a_failed_renaming_leaves_what_can_be_taken_up(tmp_path):
+    writer = ShardWriter(tmp_path, "m", max_shard_bytes=50)
+    for name in "ab":
+        writer.add(name, np.arange(40, dtype=np.int8))
+    writer.finish()
+    state = writer.save_state()
+    (tmp_path / "m-00002-of-00002.safetensors").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        writer.close()
+    (tmp_path / "m-00002-of-00002.safetensors").rmdir()
+    files = ShardWriter.from_state(tmp_path, state).close()
+    assert sorted(file.name for file in files) == sorted(file.name for file in tmp_path.iterdir())
+
+
 def test_a_truncated_file_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(part, "BUFFER_BYTES", 0)
     writer = ShardWriter(tmp_path, "m")

@@ -55,9 +55,32 @@ def test_what_a_block_reads_is_whole_until_all_is_written(
         assert equal(states, [tensor * 2**step for tensor in tensors])
         states.advance()
         assert equal(states, [tensor * 2 ** (step + 1) for tensor in tensors])
-    assert (len(list(tmp_path.iterdir())) == 2) is states.on_disk
+    assert (len(list(tmp_path.iterdir())) == 3) is states.on_disk
     states.remove_files()
     assert not list(tmp_path.iterdir())
+
+
+@LIMITS
+def test_a_state_is_whole_until_the_second_one_after_it(tmp_path: Path, limit: int) -> None:
+    tensors = batches()
+    states = states_of(tensors, tmp_path, limit)
+    first = states.save_state()
+    doubled(states)
+    states.advance()
+    states.save_state()  # on its way to disk while the next block runs
+    doubled(states)
+    again = states_of(tensors, tmp_path, limit, first)
+    again.restore()
+    assert equal(again, tensors)
+
+
+def test_inputs_that_are_not_looked_at_again_are_free(tmp_path: Path) -> None:
+    for limit in (0, 1 << 20):
+        states = states_of(batches(), tmp_path, limit)
+        states.replace(0, states[0] * 2)
+        assert torch.equal(states.output(0), batches()[0] * 2)
+        if not states.on_disk:
+            assert states[0] is states.output(0)
 
 
 @LIMITS

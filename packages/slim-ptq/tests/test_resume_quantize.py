@@ -122,6 +122,28 @@ def test_interrupts_anywhere(
     assert not partial_path(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", "weights"])
+def test_interrupted_when_all_is_written(
+    source: Path,
+    calibration: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+) -> None:
+    """Verifying and evaluating can take hours: what was written before is not written again."""
+
+    def interrupting(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    run(source, tmp_path / "whole", calibration, recipe)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("slim_ptq.api.read_back", interrupting)
+        run(source, tmp_path / "out", calibration, recipe, activation_gib=0)
+    monkeypatch.setattr(CheckpointExport, "_add", interrupting)
+    run(source, tmp_path / "out", calibration, recipe, activation_gib=0, resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 _KILLED = """
 import sys, time
 from slim_ptq.pipeline.blocks import BlockRunner

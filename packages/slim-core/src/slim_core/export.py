@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,12 +85,26 @@ class CheckpointExport:
         """Add a key that is not a tensor to the description."""
         self._description[key] = value
 
-    def save_state(self) -> dict[str, Any]:
-        """Flush everything to disk and return JSON values for :meth:`load_state`."""
+    def finish(self) -> None:
+        """Complete the weight files; no tensor can be added any more.
+
+        A state of then can be taken up even while :meth:`close` gives the files their names.
+        """
+        self._writer.finish()
+
+    def save_state(self, sync: Callable[[int], object] = os.fsync) -> dict[str, Any]:
+        """Flush everything to disk and return JSON values for :meth:`load_state`.
+
+        Parameters
+        ----------
+        sync : callable
+            Flushes a file, given its descriptor, to disk, or sees to it later: the state holds
+            from then on.
+        """
         return {
-            "description": self._description,
-            "types": self._types,
-            "writer": self._writer.save_state(),
+            "description": dict(self._description),
+            "types": dict(self._types),
+            "writer": self._writer.save_state(sync),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -147,7 +162,10 @@ class NoExport(CheckpointExport):
     def describe(self, key: str, value: Any) -> None:
         """Drop the key."""
 
-    def save_state(self) -> dict[str, Any]:
+    def finish(self) -> None:
+        """Have nothing to complete."""
+
+    def save_state(self, sync: Callable[[int], object] = os.fsync) -> dict[str, Any]:
         """Return nothing to go on from."""
         return {}
 

@@ -109,6 +109,17 @@ def read_into(path: Path, start: int, target: memoryview) -> None:
             target = target[count:]
 
 
+def will_read(path: Path, start: int, nbytes: int) -> None:
+    """Let the system read a part of a file ahead, into its own memory; returns at once."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
+
+
 def make_dir(path: PathLike, mode: int = MODE_DIR) -> Path:
     """Create the directory, with ``mode`` if it is new, and its parents; return its path."""
     directory = as_path("path", path)
@@ -284,6 +295,13 @@ def sync_dir(path: PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what a process that was killed in :func:`atomic_write` left in a directory."""
+    for entry in list(directory.iterdir()):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", entry.name) and not entry.is_dir():
+            entry.unlink()
 
 
 def _names_another(error: OSError, file: Path) -> bool:

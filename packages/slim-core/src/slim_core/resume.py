@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from slim_core.errors import OutputExistsError, ResumeError, SlimError
-from slim_core.files import MODE_DIR, PathLike, check_output_dir, swap_in, sync_dir, write_json
+from slim_core.files import (
+    MODE_DIR,
+    PathLike,
+    check_output_dir,
+    remove_temporaries,
+    swap_in,
+    sync_dir,
+    write_json,
+)
 from slim_core.logging import get_logger
 
 _JOURNAL = ".journal.json"
@@ -103,6 +111,8 @@ def resumable_dir(
         directory = ResumableDir(work, fingerprints, state)
         if state is None:
             _clear(work)
+        else:
+            remove_temporaries(work)
         try:
             yield directory
         except BaseException as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +51,10 @@ class EditedCheckpoint(Checkpoint):
         array = self._base.load(self._copies.get(name, name))
         edit = self._edits.get(name)
         return array if edit is None else edit(array)
+
+    def will_load(self, names: Iterable[str]) -> None:
+        """Let the system read tensors ahead (:meth:`Checkpoint.will_load`)."""
+        self._base.will_load(self._copies.get(name, name) for name in names)
 
     def iter_shards(self) -> Iterator[tuple[Path, list[str]]]:
         """Yield each weight file with its tensors; a copy comes with the tensor it is one of."""

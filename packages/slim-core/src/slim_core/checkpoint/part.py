@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -71,7 +72,9 @@ class PartFile:
         self.nbytes += nbytes
 
     def finish(self, mode: int) -> None:
-        """Write the header, flush everything to disk and set the mode."""
+        """Write the header, flush everything to disk and set the mode; again: do nothing."""
+        if self._finished:
+            return
         header = self._header()
         if self._file is None:
             self._file = self._create(self.path)
@@ -97,13 +100,16 @@ class PartFile:
         self._second_path.unlink(missing_ok=True)
         self.release()
 
-    def save_state(self, sidecar: Path) -> dict[str, Any]:
+    def save_state(self, sidecar: Path, sync: Callable[[int], object] = os.fsync) -> dict[str, Any]:
         """Flush everything to disk and return JSON values from which :meth:`from_state` goes on.
 
         Parameters
         ----------
         sidecar : Path
             File for what waits in memory; not written for a finished file.
+        sync : callable
+            Flushes a file, given its descriptor, to disk, or sees to it later: the state holds
+            from then on.
         """
         entries = [
             (size, *astuple(entry)) for size, rows in self._entries.items() for entry in rows
@@ -113,7 +119,7 @@ class PartFile:
             return state
         if self._file is not None:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
         with atomic_write(sidecar) as stream:
             for waiting in self._waiting():
                 waiting.seek(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -32,6 +32,9 @@ class Shard(Protocol):
 
     def load(self, name: str) -> np.ndarray:
         """Read one tensor into an array of its own."""
+
+    def will_load(self, name: str) -> None:
+        """Let the system read a tensor ahead, if it can."""
 
 
 class Checkpoint:
@@ -87,6 +90,16 @@ class Checkpoint:
                 hint=did_you_mean(name, list(self.tensors)),
             )
         return self._shards[info.file].load(name)
+
+    def will_load(self, names: Iterable[str]) -> None:
+        """Let the system read tensors ahead, into its own memory, while other work is done.
+
+        Names of tensors that are not there are passed over.
+        """
+        for name in names:
+            info = self.tensors.get(name)
+            if info is not None:
+                self._shards[info.file].will_load(name)
 
     def iter_shards(self) -> Iterator[tuple[Path, list[str]]]:
         """Yield each weight file with its tensors, in the order of their bytes.

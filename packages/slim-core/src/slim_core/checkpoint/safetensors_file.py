@@ -20,7 +20,7 @@ import numpy as np
 
 from slim_core.checkpoint.tensor_info import TensorInfo
 from slim_core.errors import CheckpointError, FormatError
-from slim_core.files import check_input_file, read_into
+from slim_core.files import check_input_file, read_into, will_read
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation of the format
 METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -107,6 +107,11 @@ class SafetensorsFile:
         target = array.reshape(-1).view(np.uint8).data
         read_into(self.path, self._data_start + self._starts[name], target)
         return array
+
+    def will_load(self, name: str) -> None:
+        """Let the system read a tensor ahead."""
+        start = self._data_start + self._starts[name]
+        will_read(self.path, start, self.tensors[name].nbytes)
 
 
 def build_header(entries: Iterable[tuple[str, str, tuple[int, ...], int, int]]) -> bytes:

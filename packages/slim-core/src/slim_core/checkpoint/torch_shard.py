@@ -43,6 +43,9 @@ class TorchShard:
         """Read one tensor into an array of its own."""
         return self._lazy[name].load()
 
+    def will_load(self, name: str) -> None:
+        """Do nothing: these files are read when a tensor is loaded."""
+
 
 def _state_dict(path: Path, root: Any) -> dict[str, LazyTensor]:
     if not isinstance(root, dict):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,13 +120,26 @@ class ShardWriter:
         """
         if not self._open:
             return self._files
+        self.finish()
+        with self._cleaning_up():
+            self._publish()
+        self._open = False
+        return self._files
+
+    def finish(self) -> None:
+        """Complete the last file; nothing can be added any more, and names are those of before.
+
+        A state of then can be taken up even while :meth:`close` gives the files their names.
+
+        Raises
+        ------
+        FormatError, OSError
+            As :meth:`close`.
+        """
         if not self._parts:
             raise FormatError(f"no tensor was added to {self._target}")
         with self._cleaning_up():
             self._parts[-1].finish(self._mode)
-            self._publish()
-        self._open = False
-        return self._files
 
     def abort(self) -> None:
         """Remove the temporary files; nothing is written."""
@@ -136,15 +150,21 @@ class ShardWriter:
             file.unlink(missing_ok=True)
         self._parts.clear()
 
-    def save_state(self) -> dict[str, Any]:
+    def save_state(self, sync: Callable[[int], object] = os.fsync) -> dict[str, Any]:
         """Flush everything to disk and return JSON values from which :meth:`from_state` goes on.
 
         A state stays good until the second one after it is saved.
+
+        Parameters
+        ----------
+        sync : callable
+            Flushes a file, given its descriptor, to disk, or sees to it later: the state holds
+            from then on.
         """
         with self._cleaning_up():
             self._saved += 1
             sidecar = self._sidecars[self._saved % 2]
-            parts = [part.save_state(sidecar) for part in self._parts]
+            parts = [part.save_state(sidecar, sync) for part in self._parts]
         return {
             "prefix": self._prefix,
             "limit": self._limit,
@@ -244,17 +264,18 @@ class ShardWriter:
         """Rename the parts, the index last; on failure nothing stays under a final name."""
         files = [self._directory / name for name in self._final_names()]
         index = self._directory / f"{self._prefix}.safetensors.index.json"
-        renamed: list[Path] = []
+        renamed: list[tuple[Path, Path]] = []
         try:
             for part, file in zip(self._parts, files, strict=True):
-                part.path.replace(file)
-                renamed.append(file)
+                if part.path.exists() or not file.exists():  # else an interrupted run renamed it
+                    part.path.replace(file)
+                renamed.append((part.path, file))
             self._remove_stale({*files, index} if self._limit else {*files})
             if self._limit is not None:
                 write_json(index, self._index(files))
         except BaseException:
-            for file in renamed:
-                file.unlink(missing_ok=True)
+            for path, file in renamed:
+                file.replace(path)
             raise
         for file in self._sidecars:
             file.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """The hidden states between two decoder blocks: in memory, or on disk above a limit.
 
-Two files take turns, one to read the inputs of a block from and one to write its outputs to, so
-that what a block reads is whole until the next one has its inputs.
+Three files take turns: one to read the inputs of a block from, one to write its outputs to, and
+one with the inputs of the block before, to which an interrupted run goes back as long as the state
+after that block is on its way to disk.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,8 @@ import torch
 
 from slim_core.errors import CheckpointError
 from slim_core.files import read_into
+
+_FILES = 3
 
 
 class HiddenStates:
@@ -112,13 +115,22 @@ class HiddenStates:
         if self._held is not None:
             self._next[index] = tensor
         else:
-            self._write(1 - self._current, index, tensor)
+            self._write(self._following, index, tensor)
+
+    def replace(self, index: int, tensor: torch.Tensor) -> None:
+        """Take the output of a block for a batch whose input is not looked at again.
+
+        Unlike after :meth:`put`, the memory of the input is free at once.
+        """
+        self.put(index, tensor)
+        if self._held is not None:
+            self._held[index] = tensor
 
     def output(self, index: int) -> torch.Tensor:
         """Return what was put for a batch and is not visible yet."""
         if self._held is not None:
             return self._next[index]
-        return self._read(index, 1 - self._current)
+        return self._read(index, self._following)
 
     def advance(self) -> None:
         """Make the outputs the inputs of the next block."""
@@ -126,24 +138,38 @@ class HiddenStates:
             self._held = self._next
             self._next = list(self._held)
         else:
-            self._current = 1 - self._current
+            self._current = self._following
 
-    def save_state(self) -> dict[str, Any]:
-        """Put the tensors on disk and return JSON values, the ``state`` to go on from."""
+    def save_state(self, sync: Callable[[int], object] = os.fsync) -> dict[str, Any]:
+        """Put the tensors on disk and return JSON values, the ``state`` to go on from.
+
+        A state stays good until the second one after it is saved.
+
+        Parameters
+        ----------
+        sync : callable
+            Flushes a file, given its descriptor, to disk, or sees to it later: the state holds
+            from then on.
+        """
         if self._folder is None:
             raise CheckpointError("hidden states without a folder cannot be saved")
         if self._held is not None:
-            self._current = 1 - self._current
+            self._current = self._following
             for index, tensor in enumerate(self._held):
                 self._write(self._current, index, tensor)
         with self._open(self._current) as stream:
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
         return {"current": self._current, "nbytes": self.nbytes}
 
     def remove_files(self) -> None:
         """Remove the files; nothing can be read afterwards."""
-        for number in (0, 1) if self._folder is not None else ():
+        for number in range(_FILES) if self._folder is not None else ():
             self._path(number).unlink(missing_ok=True)
+
+    @property
+    def _following(self) -> int:
+        """Number of the file of the outputs."""
+        return (self._current + 1) % _FILES
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None

@@ -87,6 +87,7 @@ class BlockRunner:
         name = self._inventory.blocks[index]
         block = self._model.get_submodule(name)
         self._load(block, name)
+        self._read_ahead(index + 1)
         try:
             yield block
         finally:
@@ -149,7 +150,7 @@ class BlockRunner:
                     output = calls.run(block, index, hidden)
                     self._check(output, index)
                     if not self._looked:
-                        self._hidden.put(batch, output)
+                        self._hidden.replace(batch, output)
         finally:
             for handle in handles:
                 handle.remove()
@@ -185,6 +186,17 @@ class BlockRunner:
             for path, module in self._outside():
                 if path:
                     unload_parameters(module)
+
+    def _read_ahead(self, index: int) -> None:
+        """Let the system read the weights of a block while the one before it is worked on.
+
+        They wait in the memory of the system, not in that of the process.
+        """
+        for name in self._inventory.blocks[index : index + 1]:
+            parameters = self._model.get_submodule(name).named_parameters()
+            self._checkpoint.will_load(
+                self._inventory.rename(f"{name}.{local}") for local, _ in parameters
+            )
 
     def _by_rows(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return ``x`` as (rows, tokens, channels) if it has a vector for every token of a batch.

@@ -7,7 +7,9 @@ free.  The outputs of the float block are the inputs of the next one, so each bl
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -47,6 +49,7 @@ from slim_ptq.pipeline.quantizing import (
     quantize_layer,
     write_layer,
 )
+from slim_ptq.pipeline.saving import StateSaver
 from slim_ptq.pipeline.smoothing import BlockSmoother
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
 from slim_ptq.structure import bias_of, trace_block, weight_of
@@ -90,36 +93,49 @@ def run_blockwise(
     """
     team = Team() if team is None else team
     state = None if work is None else work.state
+    job = _Job(checkpoint, inventory, plan, recipe, export, team)
+    if state is not None:
+        job.load_state(state["job"])
+        export.load_state(state["export"])
     hidden = HiddenStates(
         None if work is None else work.path,
         activation_bytes,
         None if state is None else state["hidden"][team.rank],
         name=f"hidden-{team.rank}",
     )
+    if state is not None and state["complete"]:
+        hidden.remove_files()
+        return job.reports
     runner = BlockRunner(checkpoint, inventory, data, device, hidden, team)
-    job = _Job(checkpoint, inventory, plan, recipe, export, team)
-    start = 0
-    if state is not None:
-        start = state["blocks"]
-        job.load_state(state["job"])
-        export.load_state(state["export"])
-    blocks = range(start, len(runner))
-    for index in track(blocks, "Quantizing blocks", total=len(runner), done=start):
-        with runner.loaded(index) as block:
-            job.block(runner, block, index)
-        if work is not None:
-            saved = team.collect(hidden.save_state())
+    start = 0 if state is None else state["blocks"]
+    with contextlib.nullcontext() if work is None else StateSaver(work) as saver:
+
+        def save(done: int, *, complete: bool = False) -> None:
+            """Leave the state of all processes to the saver of the first one."""
+            if saver is None:
+                return
+            sync = saver.sync if team.is_first else os.fsync
+            states = team.collect(None if complete else hidden.save_state(sync))
             if team.is_first:
-                work.save(
+                saver.save(
                     {
-                        "blocks": index + 1,
+                        "blocks": done,
+                        "complete": complete,
                         "job": job.save_state(),
-                        "export": export.save_state(),
-                        "hidden": saved,
+                        "export": export.save_state(sync),
+                        "hidden": states,
                     }
                 )
-    if team.is_first:
-        job.rest()
+
+        blocks = range(start, len(runner))
+        for index in track(blocks, "Quantizing blocks", total=len(runner), done=start):
+            with runner.loaded(index) as block:
+                job.block(runner, block, index)
+            save(index + 1)
+        if team.is_first:
+            job.rest()
+        export.finish()
+        save(len(runner), complete=True)
     hidden.remove_files()
     return job.reports
 
@@ -290,15 +306,18 @@ class _Job:
     ) -> None:
         """Quantize the layers that fall to this process; the first one writes those of all."""
         mine = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
-        made = {
-            local: self._make(
-                block.get_submodule(local), plan, statistics[local], learned.get(local)
+        made = (
+            (
+                local,
+                self._make(block.get_submodule(local), plan, statistics[local], learned.get(local)),
             )
             for local, plan in quantized.items()
             if local in mine
-        }
-        found = {local: item for part in self._team.collect(made) for local, item in part.items()}
-        for local, item in sorted(found.items(), key=lambda entry: list(quantized).index(entry[0])):
+        )
+        if self._team.size > 1:
+            found = {k: item for part in self._team.collect(dict(made)) for k, item in part.items()}
+            made = ((local, found[local]) for local in quantized if local in found)
+        for local, item in made:  # alone, each is written as soon as it is made
             plan = quantized[local]
             self.reports.append(
                 write_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from slim_core.report import LayerReport
 from slim_core.resume import ResumableDir
 from slim_ptq.inventory import Inventory
 from slim_ptq.parallel import Team
+from slim_ptq.pipeline.ahead import work_ahead
 from slim_ptq.pipeline.quantizing import (
     Made,
     float_report,
@@ -23,9 +25,11 @@ from slim_ptq.pipeline.quantizing import (
     read_bias,
     write_layer,
 )
+from slim_ptq.pipeline.saving import StateSaver
 from slim_ptq.tensors import from_numpy
 
-SAVE_SECONDS = 10.0  # between states: saving waits for the disk
+SAVE_SECONDS = 10.0  # between states
+AHEAD_BYTES = 1 << 30  # of the stored tensors that are worked on at a time
 
 
 def run_weights_only(
@@ -37,10 +41,11 @@ def run_weights_only(
     work: ResumableDir | None = None,
     team: Team | None = None,
 ) -> list[LayerReport]:
-    """Write the quantized checkpoint; holds one tensor at a time.
+    """Write the quantized checkpoint; holds a few tensors at a time.
 
-    The processes of a team quantize tensors in turn, and the first one writes those of all.
-    Every few seconds the state is saved to ``work``, if it is given; a state in it is taken up.
+    Tensors are read and quantized while earlier ones are written.  The processes of a team
+    quantize tensors in turn, and the first one writes those of all.  Every few seconds the state is
+    saved to ``work``, if it is given; a state in it is taken up.
 
     Raises
     ------
@@ -55,18 +60,31 @@ def run_weights_only(
         start = work.state["tensors"]
         job.reports = [LayerReport.from_dict(report) for report in work.state["reports"]]
         export.load_state(work.state["export"])
-    saved = time.perf_counter()
     steps = range(start, len(names), team.size)  # one tensor for each process
-    for done in track(steps, "Quantizing weights"):
-        if work is not None and team.is_first and time.perf_counter() - saved > SAVE_SECONDS:
-            plain = [report.to_dict() for report in job.reports]
-            work.save({"tensors": done, "reports": plain, "export": export.save_state()})
-            saved = time.perf_counter()
-        now = names[done : done + team.size]
-        own = job.make(now[team.rank]) if team.rank < len(now) else None
-        for name, item in zip(now, team.collect(own), strict=False):
-            if item is not None:
-                job.write(name, item)
+    own = names[start + team.rank :: team.size]
+    with (
+        contextlib.nullcontext() if work is None else StateSaver(work) as saver,
+        contextlib.closing(work_ahead(job.make, own, job.nbytes, AHEAD_BYTES)) as made,
+    ):
+        saved = time.perf_counter()
+
+        def save(done: int) -> None:
+            if saver is not None and team.is_first:
+                plain = [report.to_dict() for report in job.reports]
+                state = export.save_state(saver.sync)
+                saver.save({"tensors": done, "reports": plain, "export": state})
+
+        for done in track(steps, "Quantizing weights"):
+            if time.perf_counter() - saved > SAVE_SECONDS:
+                save(done)
+                saved = time.perf_counter()
+            now = names[done : done + team.size]
+            mine = next(made) if team.rank < len(now) else None
+            for name, item in zip(now, team.collect(mine), strict=False):
+                if item is not None:
+                    job.write(name, item)
+        export.finish()
+        save(len(names))
     return job.reports
 
 
@@ -94,6 +112,10 @@ class _Weights:
         biases = {f"{name}.bias" for name in self._plan.quantized}
         shards = self._checkpoint.iter_shards()
         return [name for _, shard in shards for name in shard if name not in biases]
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a stored tensor."""
+        return self._checkpoint.tensors[name].nbytes
 
     def make(self, name: str) -> Made | np.ndarray:
         """Return the quantized layer, or the tensor as it is stored."""
