@@ -123,6 +123,18 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # safe_tensor, a
         {W: (np.uint8, (256,)), "weight_absmax": (F32, (8,)), "weight_shape": (np.int64, (2,))},
     )
     * 2,
+    "w8a8fp8_dynamic": ({W: (ml_dtypes.float8_e4m3fn, (4, 128)), **PAIR},) * 2,
+    "w4a16_mxfp4": ({W: (np.uint8, (4, 64)), "weight_scale": (np.uint8, (4, 4))},) * 2,
+    "w4a4_mxfp4_flatquant": (
+        {
+            W: (np.uint8, (4, 64)),
+            "weight_scale": (np.uint8, (4, 4)),
+            "left_trans": (F32, (8, 8)),
+            "right_trans": (F32, (16, 16)),
+            "clip_ratio": (F32, (1,)),
+        },
+    )
+    * 2,
     "w8a8_mxfp8": ({W: (ml_dtypes.float8_e4m3fn, (4, 128)), "weight_scale": (np.uint8, (4, 4))},)
     * 2,
     "w4a8_mxfp": ({W: (np.uint8, (4, 64)), "weight_scale": (np.uint8, (4, 4))},) * 2,
@@ -249,14 +261,14 @@ def test_nf4_has_the_even_element_in_the_high_nibble(form: Format) -> None:
 
 
 @both
-@pytest.mark.parametrize("text", ["w4a8_mxfp", "w4a4_mxfp4"])
+@pytest.mark.parametrize("text", ["w4a8_mxfp", "w4a4_mxfp4", "w4a16_mxfp4", "w4a4_mxfp4_flatquant"])
 def test_fp4_has_the_even_column_in_the_low_nibble(form: Format, text: str) -> None:
     one = layer(text)
     tensors = form.encode(one)
     pairs = nibbles(tensors["weight"]).reshape(4, 128)
     levels = np.array([*FP4.levels, *(-level for level in FP4.levels)])
     scale = 2.0 ** (tensors["weight_scale"].astype(int) - 127)
-    np.testing.assert_array_equal(levels[pairs] * np.repeat(scale, 32, axis=1), one.dequantized())
+    np.testing.assert_array_equal(levels[pairs] * np.repeat(scale, 32, axis=1), one.multiplied())
 
 
 def test_fp8_is_stored_as_itself() -> None:
@@ -265,6 +277,18 @@ def test_fp8_is_stored_as_itself() -> None:
     scale = 2.0 ** (tensors["weight_scale"].astype(int) - 127)
     values = tensors["weight"].astype(F32) * np.repeat(scale, 32, axis=1)
     np.testing.assert_array_equal(values, one.dequantized())
+
+
+def test_fp8_per_channel_has_a_float_scale_of_its_largest_level() -> None:
+    one = layer("w8a8fp8_dynamic")
+    tensors = V1.encode(one)
+    weight = np.random.default_rng(0).standard_normal((4, 128)).astype(F32)
+    peaks = np.abs(weight).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(tensors["weight_scale"], peaks / F32(448))
+    assert not tensors["weight_offset"].any()
+    rounded = (weight / tensors["weight_scale"]).astype(ml_dtypes.float8_e4m3fn)
+    assert tensors["weight"].tobytes() == rounded.tobytes()
+    np.testing.assert_array_equal(one.dequantized(), rounded.astype(F32) * tensors["weight_scale"])
 
 
 # --- what belongs to single types -----------------------------------------------------------------

@@ -71,6 +71,18 @@ def test_layers_come_back_as_they_were(tmp_path: Path, form: str, scheme: str) -
     np.testing.assert_array_equal(read.dequantized(), written.dequantized())
 
 
+def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
+    write(tmp_path, layer("w8a8_dynamic"))
+    file = find_description(tmp_path)
+    for kind, hint in (("W4A4_MXFP4_DUALSCALE", "no engine reads it"), ("W5A5", None)):
+        description = json.loads(file.read_text())
+        description[f"{NAME}.weight"] = kind
+        file.write_text(json.dumps(description))
+        with pytest.raises(FormatError, match=f"down_proj.weight has the type '{kind}'") as caught:
+            QuantizedCheckpoint(tmp_path)
+        assert (hint or "") in (caught.value.hint or "")
+
+
 def test_an_asymmetric_weight_whose_offsets_are_zero_reads_as_symmetric() -> None:
     tensors = {
         "weight": np.zeros((2, 4), np.int8),

@@ -62,6 +62,15 @@ def test_parse(text, weight, activation, ascend):
         ),
         ("nf4", "NF4", "nf4 per_block", None, 0),
         ("nf4_b128", "NF4", "nf4 per_block", None, 0),
+        ("w8a8fp8_dynamic", "W8A8FP8_DYNAMIC", "fp8_e4m3 per_channel", "fp8_e4m3 per_token", 0),
+        ("w4a16_mxfp4", "W4A16_MXFP4", "fp4_e2m1 per_group", None, 32),
+        (
+            "w4a4_mxfp4_flatquant",
+            "W4A4_MXFP4_FLATQUANT",
+            "fp4_e2m1 per_group",
+            "fp4_e2m1 per_group",
+            32,
+        ),
         ("w8a8_mxfp8", "W8A8_MXFP8", "fp8_e4m3 per_group", "fp8_e4m3 per_group", 32),
         ("w4a8_mxfp", "W4A8_MXFP", "fp4_e2m1 per_group", "fp8_e4m3 per_group", 32),
         ("w4a4_mxfp4", "W4A4_MXFP4", "fp4_e2m1 per_group", "fp4_e2m1 per_group", 32),
@@ -96,6 +105,24 @@ def test_blocks_of_64_need_not_be_named():
 )
 def test_what_a_type_cannot_be(text):
     assert parsed_name(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("w4a4_mxfp4_dualscale", "no engine reads it; w4a4_mxfp4 has"),
+        ("W4A4_MXFP4_SVD", "no engine reads it"),
+        ("w8a8_timestep", "diffusion models"),
+        ("w8a8sc", "quantize to w8a8s"),
+        ("w16a16s", "stay in floating point"),
+        ("w16a16sc", "stay in floating point"),
+        ("wfp8afp8_dynamic", "use w8a8fp8_dynamic"),
+    ],
+)
+def test_types_that_are_known_and_not_made(text, says):
+    with pytest.raises(InvalidValueError, match=f"cannot be made: .*{says}"):
+        QuantScheme.parse(text)
+    assert text.upper() not in TYPE_PRIORITY
 
 
 def test_every_known_scheme_parses_to_itself():

@@ -170,6 +170,39 @@ class TestFakeQuantLinear:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
         assert not torch.equal(rounded, x)
 
+    def test_groups_after_a_transform(self) -> None:
+        extras = {
+            "left_trans": randn(8, 8, seed=3),
+            "right_trans": randn(8, 8, seed=4),
+            "clip_ratio": torch.ones(1),
+        }
+        given = replace(quantized("w4a4_mxfp4_flatquant"), extras=extras)
+        assert given.scheme.activation is not None
+        x = randn(5, 64, seed=2)
+        inside = x @ torch.kron(extras["left_trans"], extras["right_trans"])
+        rounded = round_groups(inside, given.scheme.activation)
+        expected = rounded.double() @ given.multiplied().double().T + given.bias
+        found = FakeQuantLinear(given, torch.float32)(x)
+        assert float((found - expected).norm() / expected.norm()) < 0.01  # a level may flip
+        plain = quantized("w4a4_mxfp4")
+        assert torch.equal(given.codes, plain.codes)
+        assert not torch.allclose(found, FakeQuantLinear(plain, torch.float32)(x), rtol=0.1)
+
+    def test_fp8_of_each_token_and_channel(self) -> None:
+        given = quantized("w8a8fp8_dynamic")
+        x = randn(2, 3, 64, seed=2)
+        fp8 = ml_dtypes.float8_e4m3fn
+
+        def rounded(values: np.ndarray) -> np.ndarray:
+            scale = np.abs(values).max(axis=-1, keepdims=True) / np.float32(448)
+            return (values / scale).astype(fp8).astype(np.float64) * scale
+
+        expected = rounded(x.numpy()) @ rounded(randn(6, 64).numpy()).T
+        found = FakeQuantLinear(given, torch.float32)(x)
+        torch.testing.assert_close(
+            found.double(), torch.from_numpy(expected) + given.bias, rtol=1e-5, atol=1e-5
+        )
+
     def test_it_shows_what_it_is(self) -> None:
         shown = repr(FakeQuantLinear(layer("w8a16_g32", bias=False), torch.float32))
         assert shown == (

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slim_core.ascend_types import REFUSED_TYPES
 from slim_core.attention_types import attention_tensors
 from slim_core.checkpoint import Checkpoint, open_checkpoint
 from slim_core.checkpoint.discover import read_json_object
@@ -24,7 +25,6 @@ ADDED_NORM_BIAS = "added_norm_bias"  # key in the metadata of a description
 
 # Which tensor tells the granularity, where it is not weight_scale.
 _SCALE_SOURCES = {"W8A8S": "deq_scale", "NF4": "weight_absmax"}
-_QUANTIZED_TYPES = frozenset(TYPE_PRIORITY) - {"FLOAT"}
 
 
 class QuantizedCheckpoint:
@@ -54,7 +54,7 @@ class QuantizedCheckpoint:
     CheckpointError
         There is no description, or more than one.
     FormatError
-        The slices of a layer are not numbered from 0 on.
+        A layer has a type that slim does not read, or its slices are not numbered from 0 on.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -62,14 +62,7 @@ class QuantizedCheckpoint:
         self.description_file = find_description(root)
         self.checkpoint: Checkpoint = open_checkpoint(root)
         self.description: dict[str, Any] = read_json_object(self.description_file)
-        self.layers: dict[str, str] = {
-            tensor.removesuffix(".weight"): kind
-            for tensor, kind in self.description.items()
-            if isinstance(kind, str)
-            and kind in _QUANTIZED_TYPES
-            and tensor.endswith(".weight")
-            and not tensor.endswith(".module.weight")
-        }
+        self.layers: dict[str, str] = _quantized_layers(self.description)
         self.slices: dict[str, int] = count_slices(self.layers)
         for name in self.slices:  # its own weight has no scales
             self.layers.pop(name, None)
@@ -156,6 +149,21 @@ class QuantizedCheckpoint:
         """
         slices = tuple(self.layer(slice_name(name, i)) for i in range(self.slices[name]))
         return read_sliced(name, slices, self.checkpoint.tensors, self.checkpoint.load)
+
+
+def _quantized_layers(description: Mapping[str, Any]) -> dict[str, str]:
+    layers: dict[str, str] = {}
+    for tensor, kind in description.items():
+        if not isinstance(kind, str) or not tensor.endswith(".weight") or kind == "FLOAT":
+            continue
+        if kind not in TYPE_PRIORITY:
+            raise FormatError(
+                f"{tensor} has the type {kind!r:.80}, which slim does not read",
+                hint=REFUSED_TYPES.get(kind),
+            )
+        if not tensor.endswith(".module.weight"):
+            layers[tensor.removesuffix(".weight")] = kind
+    return layers
 
 
 def find_description(directory: Path) -> Path:
