@@ -38,6 +38,7 @@ from slim_ptq.inventory import Inventory
 from slim_ptq.methods import FlatQuant, LearnedTransform, make_method
 from slim_ptq.observers import SpreadObserver
 from slim_ptq.parallel import Team
+from slim_ptq.pipeline.ahead import work_ahead
 from slim_ptq.pipeline.attention import BlockAttention
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.pipeline.inputs import by_block, score_inputs
@@ -305,15 +306,20 @@ class _Job:
         learned: Mapping[str, LearnedTransform],
     ) -> None:
         """Quantize the layers that fall to this process; the first one writes those of all."""
-        mine = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
-        made = (
-            (
-                local,
-                self._make(block.get_submodule(local), plan, statistics[local], learned.get(local)),
-            )
-            for local, plan in quantized.items()
-            if local in mine
-        )
+        share = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
+        mine = [local for local in quantized if local in share]
+
+        def make(local: str) -> Made:
+            linear, plan = block.get_submodule(local), quantized[local]
+            return self._make(linear, plan, statistics[local], learned.get(local))
+
+        made: Iterable[tuple[str, Made]]
+        if self._in_threads(block, quantized.values()):
+            costs = {local: weight_of(block.get_submodule(local)).nbytes for local in mine}
+            several = work_ahead(make, mine, costs.__getitem__, sum(costs.values()) // 2)
+            made = zip(mine, several, strict=True)
+        else:
+            made = ((local, make(local)) for local in mine)
         if self._team.size > 1:
             found = {k: item for part in self._team.collect(dict(made)) for k, item in part.items()}
             made = ((local, found[local]) for local in quantized if local in found)
@@ -329,6 +335,17 @@ class _Job:
                 )
             )
             self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))
+
+    @staticmethod
+    def _in_threads(block: nn.Module, plans: Iterable[LayerPlan]) -> bool:
+        """Whether the layers of a block are made a few at a time, each by its share of the cores.
+
+        That is good for methods that pass over the weight again and again, as torch would divide
+        each of their many short steps among all cores.  Others are made of matrix products, which
+        use the cores better; a device has its own.
+        """
+        on_cpu = all(parameter.device.type == "cpu" for parameter in block.parameters())
+        return on_cpu and not any(make_method(plan.method).needs for plan in plans)
 
     def _make(
         self,
