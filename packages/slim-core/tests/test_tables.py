@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from slim_core import tables
 from slim_core.scheme import Granularity, QuantScheme, ScaleKind, TensorScheme
 from slim_core.tables import FP4, FP8, NF4, decode_table, encode_table
 
@@ -61,6 +62,27 @@ def test_nf4_is_the_nearest_level(x):
     chosen = distance[np.arange(16), codes]
     assert np.all(chosen <= distance.min(axis=1) + 1e-7)
     np.testing.assert_array_equal(decode_table(codes, NF4), levels[codes].astype(F32))
+
+
+@pytest.mark.parametrize("dtype", [FP4, FP8, NF4], ids=str)
+@given(x=arrays(F32, st.integers(0, 99), elements=st.floats(-500, 500, width=32)))
+def test_devices_find_the_codes_that_host_memory_finds(dtype, x):
+    codes = encode_table(x, dtype)
+    values = decode_table(codes, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_in_host_memory", lambda _: False)
+        np.testing.assert_array_equal(encode_table(x, dtype), codes)
+        assert decode_table(codes, dtype).tobytes() == values.tobytes()
+
+
+def test_pieces_make_no_difference():
+    x = np.random.default_rng(0).standard_normal((3, 50_000)).astype(F32)[:, ::2]
+    for dtype in (FP4, FP8, NF4):
+        codes = encode_table(x, dtype)
+        assert codes.shape == x.shape
+        for row in range(3):
+            np.testing.assert_array_equal(codes[row, :1000], encode_table(x[row, :1000], dtype))
+            np.testing.assert_array_equal(codes[row, -99:], encode_table(x[row, -99:], dtype))
 
 
 def test_schemes_of_tables():

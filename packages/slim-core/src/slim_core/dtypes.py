@@ -44,12 +44,17 @@ class TableType:
         Ascending.  With a sign bit the values from 0 on, by the code without its highest bit,
         which is the sign; else all values by their code.
     sign_bit : bool
+    mantissa_bits, bias : int
+        Of types with a sign bit, which are floating-point types: the bits of the mantissa, and
+        what is added to exponents.
     """
 
     name: str
     bits: int
     levels: tuple[float, ...] = field(repr=False, compare=False)
     sign_bit: bool = True
+    mantissa_bits: int = 0
+    bias: int = 0
 
     @property
     def max(self) -> float:
