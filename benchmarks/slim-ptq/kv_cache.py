@@ -1,8 +1,8 @@
 """Perplexity with an int8 key-value cache and with int8 attention, beside each type of weights.
 
 The cache is emulated where its scales are measured, at the outputs of the key and value layers.
-Engines such as vllm-ascend store keys after the rotary embedding, with the same scales; a last row
-measures that too.
+vllm-ascend rounds keys after the rotary embedding, where ``after_rotary`` measures and emulates
+them; a last row shows what scales that were measured before it cost there.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "float": {},
     "C8": {"kv_cache": {"symmetric": True}},
     "C8, asymmetric": {"kv_cache": {"symmetric": False}},
+    "C8 after RoPE": {"kv_cache": {"after_rotary": True}},
     "FAQuant": {"attention": {}},
 }
 # model -> its types of weights, and what is done with each; attention of Bloom has no hook
@@ -101,7 +102,7 @@ def main() -> None:
                 rows.append(_row(model, scheme, extra, found, before))
         rotated = after_rotary(Path(folder) / "tiny-llamafloatC8", texts)
     first = {text.name: rows[0][text.name] for text in texts}
-    rows.append(_row("tiny-llama", "float", "C8, keys after RoPE", rotated, first))
+    rows.append(_row("tiny-llama", "float", "C8 after RoPE, scales of before it", rotated, first))
     save(
         "kv_cache",
         COMMAND,

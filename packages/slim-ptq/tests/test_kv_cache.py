@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import DynamicCache
 
 from slim_core.attention_types import attention_tensors
 from slim_core.errors import CalibrationError, FormatError, PlanError, RecipeError, StructureError
@@ -281,6 +282,74 @@ def test_both_interfaces_give_the_same_numbers(
     assert torch.isfinite(found).all()
 
 
+class RoundingCache(DynamicCache):
+    """Rounds what goes in with given scales, shape (heads, 1, channels), by layer and part."""
+
+    scales: dict[tuple[int, str], torch.Tensor]
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any) -> Any:
+        rounded = (
+            (states / scale).round().clamp(-128, 127) * scale
+            for states, scale in (
+                (key_states, self.scales[layer_idx, "k"]),
+                (value_states, self.scales[layer_idx, "v"]),
+            )
+        )
+        return super().update(*rounded, layer_idx, *args)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox"])
+def test_keys_measured_and_rounded_after_the_rotary_embedding(
+    saved_model: Any, tiny_model: TinyModel, tokens: TokenWindows, tmp_path: Path, family: str
+) -> None:
+    """The reference is the cache of transformers, which holds what an engine's cache holds."""
+    recipe = Recipe.build(scheme="float", kv_cache={"after_rotary": True})
+    quantize(saved_model(family), tmp_path / "out", recipe=recipe, calibration=tokens)
+    model = tiny_model(family)
+    scales: dict[tuple[int, str], torch.Tensor] = {}
+    with torch.no_grad():
+        for ids in tokens.batches:
+            cache = model(ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+            for index in range(2):
+                keys, values = held(cache, index)
+                for part, states in (("k", keys), ("v", values)):
+                    found = states.abs().amax((0, 2))[:, None] / 127
+                    before = scales.get((index, part), found)
+                    scales[index, part] = torch.maximum(before, found)
+    stored = load_file(str(next((tmp_path / "out").glob("*.safetensors"))))
+    for index in range(2):
+        for part in "kv":
+            (name,) = (
+                n for n in stored if f".{index}." in n and f"{part}_proj.kv_cache_scale" in n
+            )
+            torch.testing.assert_close(stored[name], scales[index, part].flatten())
+    rounding = RoundingCache()
+    rounding.scales = scales
+    ids = tokens.batches[0]
+    with torch.no_grad():
+        expected = model(ids, use_cache=True, past_key_values=rounding).logits
+        found = load_model(tmp_path / "out")(ids).logits
+        plain = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-4
+    assert verify_checkpoint(tmp_path / "out").problems == ()
+
+
+def held(cache: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of a layer, for transformers 4.57 and 5."""
+    layer = cache.layers[index]
+    return layer.keys, layer.values
+
+
+def test_keys_that_cannot_be_reached_after_the_rotary_embedding(
+    saved_model: Any, tokens: TokenWindows, tmp_path: Path
+) -> None:
+    recipe = Recipe.build(scheme="float", kv_cache={"after_rotary": True})
+    with pytest.raises(StructureError, match="does not use the attention functions"):
+        quantize(saved_model("bloom"), tmp_path / "out", recipe=recipe, calibration=tokens)
+    assert not (tmp_path / "out").exists()
+
+
 def test_dequantizing_leaves_the_cache_out(
     saved_model: Any, tokens: TokenWindows, tmp_path: Path
 ) -> None:
@@ -298,6 +367,7 @@ def test_dequantizing_leaves_the_cache_out(
         ({"kv_cache": {}, "format": "float"}, "float format"),
         ({"kv_cache": {"dtype": "int4"}}, "kv_cache.dtype"),
         ({"kv_cache": {"symmetry": True}}, "kv_cache.symmetry"),
+        ({"kv_cache": {"after_rotary": True}, "format": "safe_tensor"}, "ascend_v1 format only"),
     ],
 )
 def test_wrong_recipes(values: dict[str, Any], message: str) -> None:

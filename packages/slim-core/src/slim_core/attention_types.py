@@ -2,9 +2,11 @@
 
 ``C8`` (int8 cache): ``<linear>.kv_cache_scale`` and ``.kv_cache_offset``, float32, shape
 (cached channels,), for the linear layer of the keys and that of the values; where one layer gives
-both, ``<linear>.k_proj.kv_cache_scale`` and so on.  ``FAQuant`` (int8 queries, keys and values):
-``<attention>.fa_q.scale``, float32, and ``.fa_q.offset``, int8, shape (heads, 1); likewise
-``fa_k`` and ``fa_v``.
+both, ``<linear>.k_proj.kv_cache_scale`` and so on.  The scales of keys are those after the rotary
+embedding if the metadata of the description has :data:`AFTER_ROTARY`.
+
+``FAQuant`` (int8 queries, keys and values): ``<attention>.fa_q.scale``, float32, and
+``.fa_q.offset``, int8, shape (heads, 1); likewise ``fa_k`` and ``fa_v``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ ATTENTION_TYPES = frozenset({C8, FA_QUANT})
 # What the description of a model says as a whole; readers look for either of the first two.
 C8_KEYS = {"kv_cache_type": C8, "kv_quant_type": C8}
 FA_QUANT_KEYS = {"fa_quant_type": FA_QUANT}
+
+AFTER_ROTARY = "kv_cache_after_rotary"  # key in the metadata of a description
 
 PARTS = ("fa_q", "fa_k", "fa_v")
 _CACHE_SCALE, _CACHE_OFFSET = ".kv_cache_scale", ".kv_cache_offset"

@@ -85,6 +85,10 @@ class CheckpointExport:
         """Add a key that is not a tensor to the description."""
         self._description[key] = value
 
+    def note(self, key: str, value: Any) -> None:
+        """Add a key to the metadata of the description."""
+        self.describe("metadata", {**self._description.get("metadata", {}), key: value})
+
     def finish(self) -> None:
         """Complete the weight files; no tensor can be added any more.
 
@@ -160,6 +164,9 @@ class NoExport(CheckpointExport):
         return 0
 
     def describe(self, key: str, value: Any) -> None:
+        """Drop the key."""
+
+    def note(self, key: str, value: Any) -> None:
         """Drop the key."""
 
     def finish(self) -> None:

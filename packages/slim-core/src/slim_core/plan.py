@@ -307,6 +307,11 @@ def _unlike_groups(layers: tuple[LayerPlan, ...]) -> Iterable[str]:
 def _attention_warnings(recipe: Recipe) -> Iterable[str]:
     if recipe.kv_cache is not None and not recipe.kv_cache.symmetric:
         yield "an asymmetric cache is read by MindIE only (vllm-ascend drops offsets in decoding)"
+    if recipe.kv_cache and recipe.format == "ascend_v1" and not recipe.kv_cache.after_rotary:
+        yield (
+            "vllm-ascend rounds keys after the rotary embedding, where kv_cache.after_rotary "
+            "measures them"
+        )
     if recipe.attention is not None:
         yield "FAQuant attention is read by MindIE only"
 

@@ -164,10 +164,15 @@ class Smooth(_Strict):
 
 
 class KVCache(_Strict):
-    """Int8 key-value cache with a scale a channel, and an offset if it is not symmetric."""
+    """Int8 key-value cache with a scale a channel, and an offset if it is not symmetric.
+
+    ``after_rotary`` says that keys are rounded after the rotary embedding, as vllm-ascend does, and
+    so measured there; else at the output of their linear layer.
+    """
 
     dtype: Literal["int8"] = "int8"
     symmetric: bool = True
+    after_rotary: bool = False
 
 
 class Attention(_Strict):
@@ -213,6 +218,8 @@ class Recipe(_Strict):
             raise ValueError("kv_cache and attention exclude each other")
         if self.format not in ASCEND_FORMATS and (self.kv_cache or self.attention) is not None:
             raise ValueError(f"the {self.format} format holds no quantized kv_cache or attention")
+        if self.kv_cache and self.kv_cache.after_rotary and self.format != "ascend_v1":
+            raise ValueError("kv_cache.after_rotary goes with the ascend_v1 format only")
         return self
 
     @classmethod

@@ -156,7 +156,7 @@ def _export(
             for key, value in COMMUNICATION_KEYS.items():
                 export.describe(key, value)
     if added and not copies:
-        export.describe("metadata", {ADDED_NORM_BIAS: added})
+        export.note(ADDED_NORM_BIAS, added)
 
 
 def _save_npy(model: nn.Module, rename: Callable[[str], str], directory: Path) -> None:

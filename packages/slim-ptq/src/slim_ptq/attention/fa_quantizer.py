@@ -7,12 +7,12 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
 
 from slim_core.errors import InvalidTypeError, InvalidValueError
 from slim_core.numerics import check_finite
 from slim_core.validate import check_choice, check_int, check_type
 from slim_ptq.attention.head_range import HeadRange, round_heads
+from slim_ptq.attention.states import StatesQuantizer
 
 STATES = ("q", "k", "v")
 
@@ -25,7 +25,7 @@ class Mode(Enum):
     EMULATE = "emulate"
 
 
-class FAQuantizer(nn.Module):
+class FAQuantizer(StatesQuantizer):
     """Finds the int8 scales of queries, keys and values by head, and emulates them.
 
     An attention module that computes with the attention functions of transformers gets one by
@@ -64,7 +64,6 @@ class FAQuantizer(nn.Module):
         if getattr(config, "num_key_value_heads", None) is None:
             logger.warning("config has no num_key_value_heads: as many as attention heads")
         self.mode = Mode.IDLE
-        self.hooked = False  # whether the attention function calls it, not the attention module
         self._clear()
         for part in STATES:  # not in the state dict: checkpoints of float models lack them
             self.register_buffer(f"{part}_scale", None, persistent=False)

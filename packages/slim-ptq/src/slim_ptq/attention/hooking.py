@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from slim_ptq.attention.fa_quantizer import FAQuantizer
+from slim_ptq.attention.states import StatesQuantizer
 
 CHILD = "fa_quantizer"
 _PREFIX = "slim_fa_"
@@ -28,7 +28,7 @@ def uses_attention_functions(module: nn.Module) -> bool:
     )
 
 
-def hook(module: nn.Module, quantizer: FAQuantizer) -> None:
+def hook(module: nn.Module, quantizer: StatesQuantizer) -> None:
     """Let the attention function of a module call the quantizer, which becomes its child."""
     quantizer.hooked = True
     module.add_module(CHILD, quantizer)
@@ -63,7 +63,7 @@ def _through_quantizer(base: str) -> Callable[..., Any]:
         module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
         quantizer = getattr(module, CHILD, None)
-        if isinstance(quantizer, FAQuantizer) and quantizer.hooked:
+        if isinstance(quantizer, StatesQuantizer) and quantizer.hooked:
             query, key, value = (
                 quantizer.quant(states, part)
                 for states, part in ((query, "q"), (key, "k"), (value, "v"))

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from slim_core.attention_types import Params, read_attention
+from slim_core.attention_types import AFTER_ROTARY, Params, read_attention
 from slim_core.errors import FormatError, StructureError
+from slim_ptq.attention.hooking import hook
 from slim_ptq.attention.install import (
     attention_modules,
     install_quantizers,
     reachable_attention,
 )
 from slim_ptq.attention.names import saved_module_name
-from slim_ptq.kv import CacheQuantizer, attach, find_cache_sources
+from slim_ptq.kv import CacheQuantizer, RotatedKeys, attach, find_cache_sources
 from slim_ptq.offload import input_device
 from slim_ptq.tensors import from_numpy
 
@@ -51,14 +52,16 @@ def restore_attention(
     """
     stored = read_attention(description, load)
     if stored.caches:
-        _restore_caches(model, stored.caches, linears)
+        rotated = bool(description.get("metadata", {}).get(AFTER_ROTARY))
+        _restore_caches(model, stored.caches, linears, rotated=rotated)
     if stored.attentions:
         _restore_heads(model, stored.attentions, rename)
 
 
 def _restore_caches(
-    model: nn.Module, caches: Mapping[str, Params], linears: Mapping[str, str]
+    model: nn.Module, caches: Mapping[str, Params], linears: Mapping[str, str], *, rotated: bool
 ) -> None:
+    """Round what goes into the caches; ``rotated`` keys after the rotary embedding."""
     fused = {owner for owner in caches if owner not in linears}
     channels = _fused_channels(model, linears) if fused else {}
     for owner, params in caches.items():
@@ -76,7 +79,20 @@ def _restore_caches(
             raise FormatError(
                 f"{owner}.kv_cache_scale must have {width} elements, not {len(scale)}"
             )
-        attach(model.get_submodule(path), CacheQuantizer(part, scale, offset, where))
+        if rotated and part == "k_proj":
+            hook(model.get_submodule(_home(model, path)), RotatedKeys(scale, offset))
+        else:
+            attach(model.get_submodule(path), CacheQuantizer(part, scale, offset, where))
+
+
+def _home(model: nn.Module, linear: str) -> str:
+    """Return the name of the attention module that a linear layer belongs to."""
+    for name in reachable_attention(model, [""]):
+        if linear.startswith(f"{name}."):
+            return name
+    raise StructureError(
+        f"{linear} is in no attention module, and the cache of its keys is rotated"
+    )
 
 
 def _fused_channels(

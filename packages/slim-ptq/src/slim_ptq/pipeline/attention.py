@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slim_core.attention_types import AFTER_ROTARY
 from slim_core.errors import StructureError
 from slim_core.export import CheckpointExport
 from slim_core.matching import match_all
@@ -24,7 +25,13 @@ from slim_ptq.attention.hooking import unhook
 from slim_ptq.attention.names import Named, cache_tensors, head_params, saved_module_name
 from slim_ptq.attention.ranking import hardest
 from slim_ptq.inventory import Inventory
-from slim_ptq.kv import CacheQuantizer, CacheRanges, cache_scheme, find_cache_sources
+from slim_ptq.kv import (
+    CacheQuantizer,
+    CacheRanges,
+    cache_scheme,
+    find_cache_sources,
+    only_attention,
+)
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.structure import find_linears
 from slim_ptq.tensors import to_numpy
@@ -75,7 +82,8 @@ class BlockAttention:
             sources = find_cache_sources(
                 block, find_linears(block), lambda: block(*args, **kwargs), f"{path}."
             )
-            ranges = CacheRanges(sources)
+            rotated = only_attention(block, path) if self._recipe.kv_cache.after_rotary else None
+            ranges = CacheRanges(sources, rotated)
             with ranges.watching(block):
                 yield
             self._write_caches(path, runner.team.merged(ranges))
@@ -94,6 +102,8 @@ class BlockAttention:
         """
         if self._recipe.kv_cache is not None and not self._caches:
             raise StructureError("the model has no attention, so there is no cache to quantize")
+        if self._recipe.kv_cache is not None and self._recipe.kv_cache.after_rotary:
+            self._export.note(AFTER_ROTARY, True)
         if self._recipe.attention is None:
             return
         left_out = hardest(self._heads, self._recipe.attention.fallback)

@@ -151,7 +151,7 @@ class BlockSmoother:
     def close(self, export: CheckpointExport) -> None:
         """Note in the description which norms have a bias that the float model lacks."""
         if self._added and self._plan.format == "ascend_v1":
-            export.describe("metadata", {ADDED_NORM_BIAS: self._added})
+            export.note(ADDED_NORM_BIAS, self._added)
 
     def _stored(self, parameter: str) -> torch.dtype:
         """Return the dtype that a parameter of the model has in the checkpoint."""
