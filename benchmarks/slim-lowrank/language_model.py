@@ -29,7 +29,7 @@ import torch
 from transformers import AutoTokenizer
 
 from slim_core.files import write_json
-from slim_lowrank import Decomposer, load_pretrained, output_loss
+from slim_lowrank import Decompose, Decomposer, load_pretrained, output_loss
 from slim_lowrank.layers import Layer
 from slim_lowrank.measure import perplexity
 from slim_lowrank.plan import Plan
@@ -59,6 +59,13 @@ def covariance_weighted(model: Any, plan: Plan) -> Any:
     return apply_table(copy.deepcopy(model), plan.table, solve)
 
 
+def compatible(model: Any, share: float, include: list[str], train: Any) -> Any:
+    """Use the compatible face as a script for msModelSlim does."""
+    pattern = "|".join(each.replace(".", r"\.").replace("*", "") for each in include)
+    decompose = Decompose(model).from_dict({pattern: share}, divisor=1)
+    return decompose.decompose_network(datasets=train)
+
+
 def steps(model: Any, train: Any, include: list[str]) -> dict[str, Callable[[float], Any]]:
     def make(**options: Any) -> Decomposer:
         return Decomposer(model, include=include, divisor=1, **options)
@@ -68,8 +75,11 @@ def steps(model: Any, train: Any, include: list[str]) -> dict[str, Callable[[flo
     loss = make().calibrate(train, loss=output_loss)
     pivot = make(storage="pivot").calibrate(train, loss=output_loss)
     return {
+        "weighting by C (msModelSlim)": lambda share: covariance_weighted(
+            model, output.ratio(share)
+        ),
         "plain SVD": lambda share: plain.ratio(share).apply()[0],
-        "C weighting (msModelSlim)": lambda share: covariance_weighted(model, output.ratio(share)),
+        "Decompose with data": lambda share: compatible(model, share, include, train),
         "whitening": lambda share: output.ratio(share).apply()[0],
         "+ allocation": lambda share: output.budget(share).apply()[0],
         "+ loss weighting": lambda share: loss.budget(share).apply()[0],

@@ -14,6 +14,7 @@ from slim_core.errors import (
 )
 from slim_lowrank import Budget, Decomposer, count_parameters
 from slim_lowrank.calibrate import collect
+from slim_lowrank.trust import SHARES
 
 
 def cross_entropy(output, batch):
@@ -207,7 +208,7 @@ def test_shrinkage_goes_from_the_calibration_to_the_plain_weight():
         entry = calibrated.statistics[""]
         assert entry.first_half is None  # not kept once the choice is made
         shares[name] = entry.shrinkage
-    assert shares["steady"] < shares["wandering"] == 0.3
+    assert shares["steady"] < shares["wandering"] == max(SHARES)
     for wrong, error in ((-0.1, InvalidValueError), ("most", InvalidTypeError)):
         with pytest.raises(error, match="shrinkage"):
             Decomposer(net).calibrate([steady], shrinkage=wrong)

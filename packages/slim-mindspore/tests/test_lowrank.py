@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueError
-from slim_mindspore import Decompose, count_parameters
+from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueError, PlanError
+from slim_mindspore import Decompose, count_parameters, next_token_loss
 from slim_mindspore.evaluate import perplexity, relative_error
 from slim_mindspore.hub import load_llama
+from slim_mindspore.moments import collect_moments
 
 HEAD = ["lm_head"]
 
@@ -86,24 +87,42 @@ def test_count_with_rank_16_everywhere(sample):
     assert count_parameters(network) == kept + linear + conv == 60_426
 
 
-def test_a_language_model(tiny_dir, tiny, shared_model, calib_ids, eval_ids):
-    def cut(network, datasets):
-        decompose = Decompose(network).from_ratio(0.75, excludes=HEAD, divisor=16)
+def test_count_of_the_reference():
+    """The count reported for a decomposed network is that with rank 8 behind the embedding."""
+    ranks = {"embedding.1": 8, "feature.0": 16, "feature.2": 16, "inner": 16, "classifier.0": 16}
+    decompose = Decompose(Sample())
+    decompose.decompose_config = ranks
+    assert count_parameters(decompose.decompose_network(do_decompose_weight=False)) == 59_658
+
+
+def test_a_language_model(tiny_dir, shared_model, calib_ids, eval_ids):
+    datasets = [[ms.Tensor(ids.astype(np.int32))] for ids in calib_ids]
+
+    def uniform(datasets):
+        decompose = Decompose(load_llama(tiny_dir)).from_ratio(0.75, excludes=HEAD, divisor=16)
         return decompose.decompose_network(datasets=datasets)
+
+    def budget():
+        decompose = Decompose(load_llama(tiny_dir))
+        decompose.from_budget(0.7, datasets, loss=next_token_loss, excludes=HEAD, divisor=16)
+        return decompose.decompose_network()
 
     def elements(network):
         names = network.parameters_dict().items()
         return sum(p.size for n, p in names if ".attention." in n or ".feed_forward." in n)
 
-    plain = cut(load_llama(tiny_dir), None)
-    aware = cut(tiny, [[ms.Tensor(ids.astype(np.int32))] for ids in calib_ids[:4]])
-    assert elements(plain) / elements(shared_model) == pytest.approx(0.70, abs=0.005)
-    before, by_weight, by_data = (
-        perplexity(network, eval_ids[:512], window=128, batch=4)
-        for network in (shared_model, plain, aware)
+    networks = uniform(None), uniform(datasets), budget()
+    for network in networks:
+        share = elements(network) / elements(shared_model)
+        assert share <= 0.7025
+        assert share == pytest.approx(0.70, abs=0.005)
+    dense, *found = (
+        perplexity(network, eval_ids, window=128, batch=4) for network in (shared_model, *networks)
     )
-    # The examples' model is trained further than the one of which smaller losses were reported.
-    assert 0 < by_data / before - 1 <= 0.7 * (by_weight / before - 1)
+    by_weight, by_data, by_loss = (each / dense - 1 for each in found)
+    assert by_data < 0.7 * by_weight
+    assert by_loss < 0.5 * by_data
+    assert by_loss <= 0.08
 
 
 def test_embedding():
@@ -137,6 +156,50 @@ def test_data_beats_the_plain_weight(batches):
         Decompose(network).from_ratio(0.5, divisor=16).decompose_network(datasets=datasets)
         errors.append(relative_error(network(*batches[0]).asnumpy(), before))
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_budget_needs_gradients_of_the_cells():
+    """What the hooks see is the gradient that the network has, frozen parameters or not."""
+    ms.set_seed(0)
+    network = nn.SequentialCell([nn.Dense(12, 24), nn.ReLU(), nn.Dense(24, 12)])
+    for parameter in network.get_parameters():
+        parameter.requires_grad = False
+    network[1].set_train(True)
+    x = np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)
+    seen = collect_moments(
+        network,
+        {"0": network[0], "2": network[2]},
+        [[ms.Tensor(x)]],
+        loss=lambda y, batch: (y * y).sum() / 2,
+    )
+    y = network(ms.Tensor(x)).asnumpy().astype(np.float64)
+    hidden = x @ network[0].weight.asnumpy().T + network[0].bias.asnumpy()
+    back = (y @ network[2].weight.asnumpy()) * (hidden > 0)
+    np.testing.assert_allclose(seen["2"].gradients, y.T @ y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["0"].gradients, back.T @ back, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["0"].mean, x.mean(0), atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in network.get_parameters())
+    assert network[1].training
+    assert not network[0].training
+
+
+def test_the_bias_makes_up_for_the_mean_error():
+    ms.set_seed(0)
+    network = nn.SequentialCell([nn.Dense(64, 48)])
+    random = np.random.default_rng(0)
+    x = ms.Tensor((random.standard_normal((300, 64)) + 2).astype(np.float32))
+    before = network(x).asnumpy()
+    Decompose(network).from_fixed(8, divisor=8).decompose_network(datasets=[[x]])
+    np.testing.assert_allclose(network(x).asnumpy().mean(0), before.mean(0), atol=1e-5)
+
+
+def test_a_budget_leaves_statistics_for_its_own_ranks_only(batches, sample, tmp_path):
+    config = str(tmp_path / "ranks.json")
+    decompose = Decompose(sample, config).from_budget(0.5, batches, divisor=16)
+    assert set(decompose.decompose_config) <= {"embedding.1", "inner", "classifier.0"}
+    assert json.loads((tmp_path / "ranks.json").read_text()) == decompose.decompose_config
+    plain = Decompose(Sample(), config).from_file().decompose_network(do_decompose_weight=False)
+    assert count_parameters(plain) == count_parameters(decompose.decompose_network())
 
 
 def test_graph_mode(sample, batches, graph_mode):
@@ -202,3 +265,12 @@ def test_bad_arguments(sample, batches):
         ready.decompose_network(datasets=[])
     with pytest.raises(InvalidTypeError, match="network must be Cell"):
         count_parameters(3)
+    with pytest.raises(InvalidValueError, match="share must lie strictly between 0 and 1"):
+        ready.from_budget(1.0, batches)
+    with pytest.raises(PlanError, match="below the least possible cost"):
+        ready.from_budget(0.01, batches)
+    with pytest.raises(InvalidValueError, match="loss must return a scalar Tensor"):
+        ready.from_budget(0.5, batches, loss=lambda output, batch: output)
+    linears = ["embedding.1", "inner", "classifier.0", "classifier.1"]
+    with pytest.raises(InvalidValueError, match="no linear cell that is not excluded"):
+        ready.from_budget(0.5, batches, excludes=linears)

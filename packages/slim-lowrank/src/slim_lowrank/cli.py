@@ -96,9 +96,9 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shrinkage",
-        default="1e-4",
-        help="how little to trust the calibration text: a number, or auto to find it on a part "
-        "of the text held out (default: 1e-4)",
+        default="auto",
+        help="how little to trust the calibration text: a number (1e-4 trusts it), or auto to "
+        "find it on a part of the text held out (default: auto)",
     )
     parser.add_argument(
         "--sequential", action="store_true", help="later layers make up for earlier ones"

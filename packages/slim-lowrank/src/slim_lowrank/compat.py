@@ -14,7 +14,7 @@ from slim_lowrank.compat_base import DecomposeBase
 from slim_lowrank.factorize import Array
 from slim_lowrank.layers import COMPATIBLE_KINDS, Layer, find_layers, weight_array
 from slim_lowrank.rank_requests import LayerShape, Ranks
-from slim_lowrank.solve import solve_plain, solve_with_data
+from slim_lowrank.solve import flat_weight, solve_plain, solve_with_data
 from slim_lowrank.surgery import apply_table, drop_broken_ties
 from slim_lowrank.table import LayerRanks
 
@@ -95,13 +95,16 @@ class Decompose(DecomposeBase):
         if datasets is None:
             return apply_table(model, table, solve_plain)
         wanted = [name for name, ranks in table.items() if ranks.kind != "embedding"]
-        seen = collect(model, wanted, datasets, max_batches=max_iter if max_iter > 0 else None)
+        limit = max_iter if max_iter > 0 else None
+        seen = collect(model, wanted, datasets, max_batches=limit, halves=True)
+        layers = self._found()
+        for name, statistics in seen.items():
+            statistics.find_shrinkage(flat_weight(layers[name]))
 
         def solve(layer: Layer, ranks: LayerRanks) -> Any:
-            statistics = seen.get(layer.name)
-            if statistics is None:
+            if layer.name not in seen:
                 return solve_plain(layer, ranks)
-            return solve_with_data(layer, ranks, statistics)
+            return solve_with_data(layer, ranks, seen[layer.name])
 
         return apply_table(model, table, solve)
 

@@ -184,8 +184,7 @@ class DecomposeBase(ABC):
         return self
 
     def _choose(self, requests: Mapping[str, Request], excludes: Any, divisor: Any) -> Self:
-        excluded = _check_excludes(excludes)
-        _value_error(check_int, "divisor", divisor, low=1)
+        excluded, divisor = check_excludes(excludes), check_divisor(divisor)
         layers = self._layers()
         for name in sorted(excluded - layers.keys()):
             logger.warning("excludes names %r, which is no layer that can be decomposed", name)
@@ -198,6 +197,10 @@ class DecomposeBase(ABC):
             ranks = choose_ranks(layer, request, divisor, partial(self._weight, name))
             if ranks is not None:
                 config[name] = ranks
+        return self._set(config)
+
+    def _set(self, config: dict[str, Ranks]) -> Self:
+        """Take ranks that were chosen, and write them to the file if there is one."""
         if not config:
             raise InvalidValueError(
                 "no layer would become smaller, so nothing is decomposed",
@@ -239,7 +242,14 @@ def _value_error(check: Any, *args: Any, **limits: Any) -> Any:
         raise InvalidValueError(message) from error
 
 
-def _check_excludes(excludes: Any) -> set[str]:
+def check_divisor(divisor: Any) -> int:
+    """Require an int of at least 1."""
+    checked: int = _value_error(check_int, "divisor", divisor, low=1)
+    return checked
+
+
+def check_excludes(excludes: Any) -> set[str]:
+    """Require None or a list or tuple of str."""
     if excludes is None:
         return set()
     if not isinstance(excludes, (list, tuple)) or not all(isinstance(x, str) for x in excludes):

@@ -25,8 +25,6 @@ from slim_lowrank.ranks import check_ratio
 from slim_lowrank.solve import Statistics, flat_weight
 from slim_lowrank.surgery import check_table, drop_broken_ties
 from slim_lowrank.table import CONV_FORMS, MATRIX_FORMS, Form, LayerRanks, load_table
-from slim_lowrank.trust import trusted_shrinkage
-from slim_lowrank.whitening import SHRINKAGE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,7 +110,7 @@ class Decomposer:
         loss: Loss | None = None,
         method: Literal["auto", "output", "loss"] = "auto",
         max_batches: int | None = None,
-        shrinkage: float | Literal["auto"] = SHRINKAGE,
+        shrinkage: float | Literal["auto"] = "auto",
     ) -> Self:
         """Run the model over data, so that outputs (with ``loss``: the loss) are kept, not weights.
 
@@ -132,9 +130,11 @@ class Decomposer:
             Share of the mean input energy of a layer that is added to every input, at most 1e6.
             The more, the less is lost on data unlike the calibration.  "auto": as much as costs
             little on the second half of the batches when the first half is fitted, layer by
-            layer (:func:`slim_lowrank.trust.trusted_shrinkage`); this takes four more eigenvalue
-            problems a layer and half as much memory again.  Layers whose outputs are watched
-            instead of inputs have none.
+            layer (:func:`slim_lowrank.trust.trusted_shrinkage`); this takes four eigenvalue
+            problems of at most 1024 outputs a layer and half as much memory again.  1e-4 trusts the
+            calibration and
+            guards against singular moments only.  Layers whose outputs are watched instead of
+            inputs have none.
 
         Raises
         ------
@@ -354,12 +354,8 @@ class Decomposer:
         for name, entry in self.statistics.items():
             if shrinkage != "auto":
                 entry.shrinkage = shrinkage
-            elif entry.first_half is not None and entry.input_second is not None:
-                first = (entry.first_half.double() / entry.first_rows).numpy()
-                share = entry.first_rows / entry.rows
-                weight = flat_weight(self.layers[name])
-                entry.shrinkage = trusted_shrinkage(weight, entry.input_second, first, share)
-                entry.first_half = None
+            else:
+                entry.find_shrinkage(flat_weight(self.layers[name]))
 
     def _warn_few(self) -> None:
         for name, entry in self.statistics.items():

@@ -15,6 +15,7 @@ from slim_lowrank.factorize import Array, balanced_factors, truncated_svd
 from slim_lowrank.layers import Layer, to_array, weight_array
 from slim_lowrank.pivot import pivot_rows
 from slim_lowrank.table import LayerRanks
+from slim_lowrank.trust import trusted_shrinkage
 from slim_lowrank.whitening import GAMMA_DAMPING, SHRINKAGE, MatrixProblem, shrink
 
 
@@ -69,6 +70,17 @@ class Statistics:
     first_half: Tensor | None = None
     first_rows: int = 0
     positions: tuple[int, int, int] = (1, 1, 1)
+
+    def find_shrinkage(self, weight: Array) -> None:
+        """Set the shrinkage by the first half, if it was kept, and forget the half.
+
+        See :func:`slim_lowrank.trust.trusted_shrinkage`; ``weight`` has the shape ``(out, f)``.
+        """
+        if self.first_half is not None and self.input_second is not None:
+            first = (self.first_half.double() / self.first_rows).numpy()
+            share = self.first_rows / self.rows
+            self.shrinkage = trusted_shrinkage(weight, self.input_second, first, share)
+            self.first_half = None
 
     def damped_gamma(self) -> Array | None:
         """Return ``gamma`` made positive definite, or None."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slim_mindspore.hub import load_llama
     from slim_mindspore.load import load_quantized
     from slim_mindspore.lowrank import Decompose, count_parameters
+    from slim_mindspore.moments import next_token_loss
     from slim_mindspore.quantization_config import QuantizationConfig
     from slim_mindspore.quantize import quantize_network
     from slim_mindspore.save import save_ascend, save_quantized
@@ -28,6 +29,7 @@ _HOMES = {
     "count_parameters": "lowrank",
     "load_llama": "hub",
     "load_quantized": "load",
+    "next_token_loss": "moments",
     "quantize_network": "quantize",
     "save_ascend": "save",
     "save_quantized": "save",
@@ -42,6 +44,7 @@ __all__ = [
     "count_parameters",
     "load_llama",
     "load_quantized",
+    "next_token_loss",
     "quantize_network",
     "save_ascend",
     "save_quantized",

@@ -28,7 +28,7 @@ def is_linear(cell: Any) -> bool:
     if not isinstance(weight, Parameter) or weight.ndim != 2:
         return False
     described = hasattr(cell, "in_channels") and hasattr(cell, "out_channels")
-    return (described or hasattr(cell, "transpose_b")) and weight.dtype in _FLOATS
+    return (described or hasattr(cell, "transpose_b")) and weight.dtype in FLOATS
 
 
 def weight_of(cell: Any) -> np.ndarray:
@@ -105,4 +105,4 @@ def check_known(what: str, names: list[str], known: list[str]) -> None:
         )
 
 
-_FLOATS = (ms.float16, ms.float32, ms.bfloat16)
+FLOATS = (ms.float16, ms.float32, ms.bfloat16)

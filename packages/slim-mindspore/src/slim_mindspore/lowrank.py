@@ -12,28 +12,29 @@ Conv2d       ``L.0.weight`` (1 x 1), ``L.1.weight``, ``L.2.weight`` (1 x 1), ``L
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slim_core.errors import CalibrationError, InvalidTypeError
-from slim_core.logging import get_logger
-from slim_lowrank.compat_base import DecomposeBase
+from slim_core.errors import InvalidTypeError, InvalidValueError
+from slim_lowrank.allocate import Option, allocate
+from slim_lowrank.compat_base import DecomposeBase, check_divisor, check_excludes
 from slim_lowrank.rank_requests import LayerShape, Ranks
+from slim_lowrank.ranks import check_ratio, matrix_params, matrix_pays
+from slim_lowrank.table import LayerRanks
 from slim_mindspore.framework import nn
-from slim_mindspore.linears import is_linear, replace_cell, weight_of
+from slim_mindspore.linears import bias_of, is_linear, replace_cell, weight_of
 from slim_mindspore.lowrank_cells import (
     conv_triple,
     dense_pair,
     embedding_pair,
     float_array,
 )
-from slim_mindspore.modes import pynative
-from slim_mindspore.statistics import InputStatistics, watch
+from slim_mindspore.moments import LayerMoments, Loss, collect_moments
 
-logger = get_logger("mindspore")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def count_parameters(network: Any) -> int:
@@ -56,6 +57,7 @@ class Decompose(DecomposeBase):
     ::
 
         network = Decompose(network).from_ratio(0.5).decompose_network()
+        network = Decompose(network).from_budget(0.7, batches).decompose_network()
 
     The ``Linear`` of MindFormers is taken as a Dense.  Grouped convolutions, and a network that is
     itself such a cell, stay as they are.  See
@@ -63,6 +65,65 @@ class Decompose(DecomposeBase):
     """
 
     framework = "mindspore.nn.Cell"
+
+    def __init__(self, model: Any, config_file: str | None = None) -> None:
+        super().__init__(model, config_file)
+        self._seen: dict[str, LayerMoments] = {}
+        self._seen_for: dict[str, Ranks] | None = None
+
+    def from_budget(
+        self,
+        share: float,
+        datasets: Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        excludes: list[str] | tuple[str, ...] | None = None,
+        divisor: int = 64,
+        max_iter: int = -1,
+    ) -> Self:
+        """Keep a share of the weights of all linear cells together, where data says they matter.
+
+        A cell whose factors would cost too much for what they keep stays dense, and
+        :meth:`decompose_network` without ``datasets`` takes the statistics collected here.
+        Embeddings and convolutions stay dense.
+
+        Parameters
+        ----------
+        share : float
+            Of the weights of all linear cells not excluded, strictly between 0 and 1.
+        datasets, max_iter
+            As in :meth:`decompose_network`.
+        loss : callable, optional
+            ``loss(output, batch)`` gives a scalar Tensor, for example
+            :func:`slim_mindspore.next_token_loss`.  Factors then keep the loss, in the metric of
+            its gradients by the output of each cell (for a cell with an activation, behind it);
+            without it, the same share of each cell's output energy counts the same.
+        excludes, divisor
+            As in :meth:`from_ratio`.
+
+        Raises
+        ------
+        PlanError
+            Even the smallest ranks cost more.
+        InvalidTypeError, InvalidValueError, CalibrationError
+            As :meth:`from_ratio` and :meth:`decompose_network`.
+        """
+        check_ratio("share", share)
+        excluded, divisor = check_excludes(excludes), check_divisor(divisor)
+        cells = {
+            name: cell
+            for name, cell in self._cells().items()
+            if _kind(cell) == "linear" and name not in excluded
+        }
+        if not cells:
+            raise InvalidValueError("the network has no linear cell that is not excluded")
+        seen = collect_moments(self.model, cells, datasets, max_iter, loss)
+        options = {name: _options(name, cell, seen[name], divisor) for name, cell in cells.items()}
+        dense = sum(max(option.cost for option in each) for each in options.values())
+        chosen = {name: option.ranks for name, option in allocate(options, share * dense).items()}
+        self._set({name: ranks.ranks[0] for name, ranks in chosen.items() if ranks is not None})
+        self._seen, self._seen_for = seen, self.decompose_config
+        return self
 
     def _is_model(self, model: Any) -> bool:
         return isinstance(model, nn.Cell)
@@ -98,7 +159,8 @@ class Decompose(DecomposeBase):
             False changes the structure only, for ranks that load the weights from a file.
         datasets : iterable, optional
             Batches, each a dict of keyword arguments or a list or tuple of positional ones.  With
-            them, Dense and Conv2d cells keep their outputs on this data, not their weights.
+            them, Dense and Conv2d cells keep their outputs on this data, not their weights, and
+            the bias of a Dense makes up for the mean error.
         max_iter : int
             How many batches to use; 0 and -1 mean all.
 
@@ -113,12 +175,12 @@ class Decompose(DecomposeBase):
         """
         config = self._check_call(do_decompose_weight, max_iter)
         cells = self._cells()
-        seen: dict[str, InputStatistics] = {}
+        seen = self._seen if self._seen_for is self.decompose_config else {}
         if datasets is not None and do_decompose_weight:
             watched = {
                 name: cells[name] for name in config if not isinstance(cells[name], nn.Embedding)
             }
-            seen = _collect(self.model, watched, datasets, max_iter)
+            seen = collect_moments(self.model, watched, datasets, max_iter)
         for name, ranks in config.items():
             new = _replacement(name, cells[name], ranks, do_decompose_weight, seen.get(name))
             new.set_train(cells[name].training)
@@ -128,14 +190,13 @@ class Decompose(DecomposeBase):
 
 
 def _replacement(
-    name: str, cell: Any, ranks: Ranks, with_weights: bool, seen: InputStatistics | None
+    name: str, cell: Any, ranks: Ranks, with_weights: bool, seen: LayerMoments | None
 ) -> Any:
-    second = None if seen is None else seen.hessian / 2.0
     if isinstance(ranks, tuple):
-        return conv_triple(name, cell, ranks, with_weights, second)
+        return conv_triple(name, cell, ranks, with_weights, seen)
     if isinstance(cell, nn.Embedding):
         return embedding_pair(name, cell, ranks, with_weights)
-    return dense_pair(name, cell, ranks, with_weights, second)
+    return dense_pair(name, cell, ranks, with_weights, seen)
 
 
 def _kind(cell: Any) -> str | None:
@@ -152,30 +213,18 @@ def _weight(cell: Any) -> np.ndarray:
     return float_array(cell.weight) if isinstance(cell, nn.Conv2d) else weight_of(cell)
 
 
-def _collect(
-    network: Any, cells: Mapping[str, Any], datasets: Iterable[Any], max_iter: int
-) -> dict[str, InputStatistics]:
-    """Return the statistics of the inputs; those of a convolution are its pixels."""
-    found = {name: InputStatistics(name, hessian=True) for name in cells}
-    limit = max_iter if max_iter > 0 else None
-    count = 0
-    with pynative():
-        handles = [watch(cell, found[name]) for name, cell in cells.items()]
-        try:
-            for batch in itertools.islice(datasets, limit):
-                if isinstance(batch, Mapping):
-                    network(**batch)
-                elif isinstance(batch, (list, tuple)):
-                    network(*batch)
-                else:
-                    kind = type(batch).__name__
-                    raise InvalidTypeError(f"datasets[{count}] must be dict or list, not {kind}")
-                count += 1
-        finally:
-            for handle in handles:
-                handle.remove()
-    silent = [name for name, statistics in found.items() if not statistics.tokens]
-    if not count or silent:
-        where = f"never reached {', '.join(silent[:5])}" if count else "hold no batch"
-        raise CalibrationError(f"the datasets {where}")
+def _options(name: str, cell: Any, seen: LayerMoments, divisor: int) -> list[Option]:
+    """Return what a linear cell can become: every rank of the grid that pays, and dense."""
+    weight = weight_of(cell)
+    rows, columns = weight.shape
+    has_bias = bias_of(cell) is not None
+    problem = seen.problem(weight, centred=has_bias)
+    total = float(problem.losses[0])
+    scale = 1.0 if seen.gradients is not None else 1.0 / max(total, np.finfo(float).tiny)
+    found = [Option(float(rows * columns), 0.0, None)]
+    for rank in range(divisor, min(rows, columns, seen.rows - 1) + 1, divisor):
+        if matrix_pays(rank, rows, columns):
+            ranks = LayerRanks(name, "linear", (rows, columns), "factors", (rank,), has_bias)
+            cost = float(matrix_params(rank, rows, columns))
+            found.append(Option(cost, scale * float(problem.losses[rank]), ranks))
     return found

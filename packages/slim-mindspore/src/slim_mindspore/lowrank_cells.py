@@ -8,15 +8,16 @@ import numpy as np
 
 from slim_lowrank.factorize import balanced_factors, truncated_svd
 from slim_lowrank.tucker import tucker2
-from slim_lowrank.whitening import SHRINKAGE, MatrixProblem, shrink, symmetric_power
-from slim_mindspore.framework import Parameter, Tensor, ms, nn
-from slim_mindspore.linears import weight_of
+from slim_lowrank.whitening import symmetric_power
+from slim_mindspore.framework import Tensor, ms, nn
+from slim_mindspore.linears import bias_of, weight_of
+from slim_mindspore.moments import LayerMoments
 
 Array = np.ndarray
 
 
 def dense_pair(
-    name: str, cell: Any, rank: int, with_weights: bool, second: Array | None = None
+    name: str, cell: Any, rank: int, with_weights: bool, seen: LayerMoments | None = None
 ) -> Any:
     """Return ``Dense(in, rank)`` and ``Dense(rank, out)`` for a linear cell.
 
@@ -29,25 +30,30 @@ def dense_pair(
     rank : int
     with_weights : bool
         False leaves MindSpore's initial values.
-    second : numpy.ndarray, shape (in, in), optional
-        Mean of ``x x^T`` over the inputs: the factors then keep outputs rather than the weight.
+    seen : LayerMoments, optional
+        Of the cell: the factors then keep outputs, or the loss where gradients were seen, rather
+        than the weight, and the bias makes up for the mean error.
     """
     weight = weight_of(cell)
     rows, columns = weight.shape
     dtype = cell.weight.dtype
-    bias: Any = getattr(cell, "bias", None)
-    has_bias = isinstance(bias, Parameter)
+    bias = bias_of(cell)
+    has_bias = bias is not None
     first = nn.Dense(columns, rank, has_bias=False, dtype=dtype)
     last = nn.Dense(rank, rows, has_bias=has_bias, dtype=dtype)
     activation = getattr(cell, "activation", None)
     if activation is not None:
         last.activation, last.activation_flag = activation, True
     if with_weights:
-        down, up = _factors(name, weight, rank, second)
+        if seen is None:
+            down, up = balanced_factors(truncated_svd(weight, rank, name=f"layer {name!r}"))
+        else:
+            down, up = seen.problem(weight, centred=has_bias).factors(rank)
+            bias = None if bias is None else bias + (weight - up @ down) @ seen.mean
         put(first.weight, down)
         put(last.weight, up)
-        if has_bias:
-            last.bias.set_data(bias.value().astype(dtype))
+        if bias is not None:
+            put(last.bias, bias)
     return _sequence(cell, first, last)
 
 
@@ -71,11 +77,15 @@ def embedding_pair(name: str, cell: Any, rank: int, with_weights: bool) -> Any:
 
 
 def conv_triple(
-    name: str, cell: Any, ranks: tuple[int, int], with_weights: bool, second: Array | None = None
+    name: str,
+    cell: Any,
+    ranks: tuple[int, int],
+    with_weights: bool,
+    seen: LayerMoments | None = None,
 ) -> Any:
     """Return 1 x 1, k x k and 1 x 1 convolutions for a convolution (Tucker-2).
 
-    ``second`` is the mean of ``x x^T`` over the channels of all pixels.
+    ``seen`` holds the moments of the channels of all pixels.
     """
     rank_out, rank_in = ranks
     dtype = cell.weight.dtype
@@ -95,8 +105,8 @@ def conv_triple(
     last = nn.Conv2d(rank_out, cell.out_channels, 1, has_bias=cell.has_bias, dtype=dtype)
     if with_weights:
         back = None
-        if second is not None:
-            second = shrink(second, SHRINKAGE)
+        if seen is not None:
+            second = seen.second(np.moveaxis(weight, 1, -1).reshape(-1, weight.shape[1]))
             weight = np.einsum("oihw,ij->ojhw", weight, symmetric_power(second, 0.5))
             back = symmetric_power(second, -0.5)
         found = tucker2(weight, rank_out, rank_in, name=f"layer {name!r}")
@@ -118,14 +128,6 @@ def put(parameter: Any, array: Array) -> None:
     """Set a parameter, in the dtype that it has."""
     values = np.ascontiguousarray(array, np.float32)
     parameter.set_data(Tensor(values).astype(parameter.dtype))
-
-
-def _factors(name: str, weight: Array, rank: int, second: Array | None) -> tuple[Array, Array]:
-    """Return factors of shape (rank, in) and (out, rank), of equal norms."""
-    if second is None:
-        return balanced_factors(truncated_svd(weight, rank, name=f"layer {name!r}"))
-    problem = MatrixProblem(weight, second=shrink(second, SHRINKAGE), name=f"layer {name!r}")
-    return problem.factors(rank)
 
 
 def _sequence(cell: Any, *parts: Any) -> Any:

@@ -142,7 +142,7 @@ def collect(
     with pynative(), contextlib.ExitStack() as hooks:
         for name, cell in cells.items():
             width = channels_from(cell) if channels_from else None
-            hooks.callback(watch(cell, statistics[name], width).remove)
+            hooks.callback(watch(cell, statistics[name].update, width).remove)
         for batch in batches:
             run(network, batch)
             count += 1
@@ -157,8 +157,10 @@ def collect(
     return statistics
 
 
-def watch(cell: Any, statistics: InputStatistics, width: int | None = None) -> Any:
+def watch(cell: Any, update: Callable[[np.ndarray], None], width: int | None = None) -> Any:
     """Let a cell report its inputs until the returned handle is removed (PyNative mode).
+
+    ``update`` gets them as float32 of shape (tokens, channels).
 
     Channels are the last axis, or as many last axes as make up ``width``; the second axis of the
     input of a convolution.
@@ -168,6 +170,6 @@ def watch(cell: Any, statistics: InputStatistics, width: int | None = None) -> A
         x = ops.cast(inputs[0], ms.float32).asnumpy()
         if isinstance(cell, nn.Conv2d):
             x = np.moveaxis(x, 1, -1)
-        statistics.update(np.ascontiguousarray(x).reshape(-1, width or x.shape[-1]))
+        update(np.ascontiguousarray(x).reshape(-1, width or x.shape[-1]))
 
     return cell.register_forward_pre_hook(look)
