@@ -1,10 +1,10 @@
-"""What each scheme costs in accuracy and saves in bytes, on the example Llama in MindSpore.
+"""What each scheme, and low rank, costs in accuracy and saves on the example Llama in MindSpore.
 
     python benchmarks/slim-mindspore/accuracy.py
 
 Perplexity in windows of 128 tokens on ``../shared/data/public_domain_test.txt`` (text that the
 model has not seen) where that is present, else on ``examples/eval.txt`` (text that the model wrote
-itself); calibration on ``examples/calib.jsonl``.  Writes ``results/accuracy.json``.
+itself); calibration on ``examples/calib.jsonl``.  Writes ``results/accuracy.json`` case by case.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from slim_core.files import write_json
 from slim_core.provenance import provenance
 from slim_mindspore import (
     Calibrator,
+    Decompose,
     QuantConfig,
     QuantizationConfig,
     load_llama,
+    next_token_loss,
     quantize_network,
     save_quantized,
 )
@@ -38,6 +40,7 @@ MODEL = ROOT / "examples" / "tiny-llama"
 UNSEEN = ROOT.parent / "shared" / "data" / "public_domain_test.txt"
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 WINDOW = 128
+LOW_RANK_SAMPLES = 64
 
 W8A8 = {"weight_dtype": "int8", "activation_dtype": "int8"}
 W4 = {"quant_method": "ptq", "weight_dtype": "int4"}
@@ -71,14 +74,33 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(windows: int, samples: int) -> dict[str, Any]:
+def low_rank(case: str, calib: list[np.ndarray]) -> Any:
+    """Keep 70 % of the weights of the linear cells but the head."""
+    datasets = [[ms.Tensor(ids.astype(np.int32))] for ids in calib]
+    decompose = Decompose(load_llama(MODEL))
+    if case.startswith("budget"):
+        loss = next_token_loss if "loss" in case else None
+        chosen = decompose.from_budget(0.7, datasets, loss=loss, excludes=HEAD, divisor=16)
+        return chosen.decompose_network()
+    decompose.from_ratio(0.75, excludes=HEAD, divisor=16)
+    return decompose.decompose_network(datasets=datasets if "data" in case else None)
+
+
+def block_weights(network: Any) -> int:
+    """Return how many weights the linear cells of the blocks have."""
+    parameters = network.parameters_dict().items()
+    return sum(p.size for name, p in parameters if ".attention." in name or ".feed_" in name)
+
+
+def run(windows: int, samples: int, output: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(MODEL)
     text = UNSEEN if UNSEEN.is_file() else ROOT / "examples" / "eval.txt"
     ids = np.asarray(tokenizer.encode(text.read_text(encoding="utf-8")).ids, np.int32)
     ids = ids[: WINDOW * windows]
     lines = (ROOT / "examples" / "calib.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines[:samples]]
-    calib = [np.asarray([tokenizer.encode(item).ids[:WINDOW]]) for item in texts]
+    texts = [json.loads(line)["text"] for line in lines[: max(samples, LOW_RANK_SAMPLES)]]
+    encoded = [np.asarray([tokenizer.encode(item).ids[:WINDOW]]) for item in texts]
+    calib = encoded[:samples]
     network = load_llama(MODEL)
     probe = ms.Tensor(ids[: 8 * WINDOW].reshape(8, WINDOW))
     exact = network(probe).asnumpy()
@@ -94,10 +116,36 @@ def run(windows: int, samples: int) -> dict[str, Any]:
             "same_best_token": round(float((logits.argmax(-1) == exact.argmax(-1)).mean()), 4),
         }
 
-    rows = {}
+    rows: dict[str, Any] = {}
+    result = {
+        "command": "python benchmarks/slim-mindspore/accuracy.py",
+        "text": text.name,
+        "tokens": len(ids),
+        "window": WINDOW,
+        "calibration": {
+            "file": "examples/calib.jsonl",
+            "samples": samples,
+            "samples_low_rank": LOW_RANK_SAMPLES,
+        },
+        "float": {"perplexity": round(base, 3)},
+        "rows": rows,
+        "provenance": provenance(["slim-mindspore", "mindspore"]),
+    }
+    print(f"{'float':40s} {base:8.3f}", flush=True)
+
+    def keep(case: str, row: dict[str, float]) -> None:
+        rows[case] = row
+        write_json(output, result, mode=0o644)
+        print(
+            f"{case:40s} {row['perplexity']:8.3f} {row['change_percent']:+7.3f} %"
+            f"  logits {row['relative_logit_error']:.4f}  {row.get('bytes', 0):>9,} bytes",
+            flush=True,
+        )
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         convert_checkpoint(MODEL, folder / "bf16.ckpt")
+        result["float"]["bytes"] = size(folder / "bf16.ckpt")
         for fraction in (0.01, 0.03, 0.1):
             calibrator = Calibrator(
                 QuantConfig(fraction=fraction), network, folder / "bf16.ckpt", [[c] for c in calib]
@@ -105,25 +153,19 @@ def run(windows: int, samples: int) -> dict[str, Any]:
             calibrator.run()
             calibrator.save(str(folder / "sparse.ckpt"))
             row = measure(calibrator.fake_quantize_model())
-            rows[f"sparse, fraction {fraction}"] = row | {"bytes": size(folder / "sparse.ckpt")}
+            keep(f"sparse, fraction {fraction}", row | {"bytes": size(folder / "sparse.ckpt")})
         for case, options in CASES.items():
             config = QuantizationConfig.build(**({"modules_to_not_convert": HEAD} | options))
             made = quantize_network(load_llama(MODEL), config, calib)
             file = save_quantized(
                 made, folder / "case.ckpt", compute_dtype="float16", layout="gs-ptq"
             )
-            rows[case] = measure(made.network) | {"bytes": size(file)}
-        float_bytes = size(folder / "bf16.ckpt")
-    return {
-        "command": "python benchmarks/slim-mindspore/accuracy.py",
-        "text": text.name,
-        "tokens": len(ids),
-        "window": WINDOW,
-        "calibration": {"file": "examples/calib.jsonl", "samples": samples},
-        "float": {"perplexity": round(base, 3), "bytes": float_bytes},
-        "rows": rows,
-        "provenance": provenance(["slim-mindspore", "mindspore"]),
-    }
+            keep(case, measure(made.network) | {"bytes": size(file)})
+        for case in ("ratio, weights only", "ratio, data", "budget, data", "budget, data and loss"):
+            small = low_rank(case, encoded[:LOW_RANK_SAMPLES])
+            share = round(block_weights(small) / block_weights(network), 4)
+            keep(f"low rank, {case}", measure(small) | {"weights_kept": share})
+    return result
 
 
 def size(path: Path) -> int:
@@ -137,14 +179,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     prepare_cpu()
-    result = run(options.windows, options.samples)
-    write_json(options.output, result, mode=0o644)
-    print(f"{'float':32s} {result['float']['perplexity']:8.3f}")
-    for case, row in result["rows"].items():
-        print(
-            f"{case:32s} {row['perplexity']:8.3f} {row['change_percent']:+7.3f} %"
-            f"  logits {row['relative_logit_error']:.4f}  {row['bytes']:>9,} bytes"
-        )
+    run(options.windows, options.samples, options.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -9,6 +10,7 @@ from slim_core.errors import CalibrationError, InvalidTypeError, InvalidValueErr
 from slim_mindspore import Decompose, count_parameters, next_token_loss
 from slim_mindspore.evaluate import perplexity, relative_error
 from slim_mindspore.hub import load_llama
+from slim_mindspore.linears import cell_at
 from slim_mindspore.moments import collect_moments
 
 HEAD = ["lm_head"]
@@ -131,6 +133,53 @@ def test_embedding():
     assert count_parameters(network) == 1536
     names = [parameter.name for parameter in network.get_parameters()]
     assert names == ["0.0.embedding_table", "0.1.weight"]
+
+
+class Twin(nn.Cell):
+    """The network in ``data/README.md``."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(100, 64)
+        self.d = nn.SequentialCell([nn.Dense(64, 256), nn.ReLU(), nn.Dense(256, 64)])
+        self.c = nn.Conv2d(64, 64, 3, pad_mode="pad", padding=1, has_bias=False)
+        self.h = nn.Dense(64, 10)
+
+    def construct(self, ids):
+        x = self.d(self.emb(ids)).transpose(0, 3, 1, 2)
+        return self.h(self.c(x).mean((2, 3)))
+
+
+def twin():
+    random = np.random.default_rng(0)
+    network = Twin()
+    for parameter in network.get_parameters():
+        values = random.standard_normal(parameter.shape, np.float32) / 8
+        parameter.set_data(ms.Tensor(values))
+    ids = [random.integers(0, 100, (8, 6, 6)).astype(np.int32) for _ in range(4)]
+    return network, [[ms.Tensor(each)] for each in ids]
+
+
+def test_a_network_gets_what_its_torch_twin_gets():
+    with np.load(Path(__file__).parent / "data" / "torch_decompose.npz") as file:
+        stored = dict(file)
+    network, datasets = twin()
+    assert count_parameters(network) == 77_002
+    decompose = Decompose(network).from_ratio(0.5, divisor=8)
+    assert decompose.decompose_config == {"emb": 24, "d.0": 24, "d.2": 24, "c": (40, 40), "h": 8}
+    decompose.decompose_network()
+    assert count_parameters(network) == 39_738
+    for name, parameter in network.parameters_dict().items():
+        found = parameter.asnumpy().reshape(len(parameter), -1)[:, :2]
+        expected = stored[name.replace("embedding_table", "weight")]
+        np.testing.assert_allclose(abs(found), abs(expected), rtol=0, atol=1e-5, err_msg=name)
+    network, datasets = twin()
+    Decompose(network).from_ratio(0.5, divisor=8).decompose_network(datasets=datasets)
+    for name in ("d.0", "d.2", "h"):
+        first, last = cell_at(network, name).cell_list
+        product = last.weight.asnumpy() @ first.weight.asnumpy()[:, :4]
+        np.testing.assert_allclose(product, stored[f"{name}|product"], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(last.bias.asnumpy(), stored[f"{name}|bias"], atol=1e-4)
 
 
 def test_full_rank_keeps_the_outputs(sample, batches):
