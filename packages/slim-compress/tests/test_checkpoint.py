@@ -40,6 +40,20 @@ def damage(directory):
     file.write_bytes(data)
 
 
+def test_a_tied_head_goes_through(checkpoint, tmp_path):
+    """Described, not stored: the embedding is the output head."""
+    file = checkpoint / "quant_model_description.json"
+    tied = {**json.loads(file.read_text()), "lm_head.weight": "FLOAT"}
+    file.write_text(json.dumps(tied))
+    small, back = tmp_path / "small", tmp_path / "back"
+    compress_checkpoint(checkpoint, small, verify=True)
+    assert verify_checkpoint(small, checkpoint) == 3
+    decompress_checkpoint(small, back)
+    equal(checkpoint, back)
+    after = json.loads((back / "quant_model_description.json").read_text())
+    assert after["lm_head.weight"] == "FLOAT"
+
+
 def test_there_and_back(checkpoint, tmp_path):
     small, back = tmp_path / "small", tmp_path / "back"
     summary = compress_checkpoint(checkpoint, small, CompressConfig(), verify=True)

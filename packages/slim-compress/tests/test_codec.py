@@ -63,6 +63,23 @@ def test_decodes_into_a_view(sparse):
     assert not room[:, 1::2].any()
 
 
+def test_whole_lines_are_written_nowhere_else(sparse, instruction_set):
+    """Into rows of whole lines, which bypass the caches, with others right beside them."""
+    for shape in ((130, 320), (64, 64), (129, 257), (256, 512)):
+        matrix = sparse(*shape)
+        stream = compress(matrix)
+        room = np.full((shape[0] + 2) * 640 + 64, 99, np.int8)
+        start = -room.ctypes.data % 64
+        for offset in (0, 16, 1):
+            frame = room[start + offset : start + offset + (shape[0] + 2) * 576].reshape(-1, 576)
+            frame[:] = 99
+            out = frame[1:-1, : shape[1]]
+            decompress(*stream, out=out, jobs=2)
+            assert np.array_equal(out, matrix)
+            assert (frame[[0, -1]] == 99).all()
+            assert (frame[1:-1, shape[1] :] == 99).all()
+
+
 def contents():
     rng = np.random.default_rng(7)
     size = (256, 512)

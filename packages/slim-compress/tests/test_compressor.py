@@ -18,6 +18,7 @@ from slim_compress import (
     decompress,
     nd_to_nz,
 )
+from slim_compress.checkpoint import open_compressed
 from slim_compress.compressor import pseudo_sparse_mask
 from slim_core.checkpoint import open_checkpoint
 from slim_core.errors import CheckpointError, FileSecurityError
@@ -227,10 +228,16 @@ class TestDictionaries:
         with pytest.raises(CheckpointError, match=r"do not match: y\.bias is not in the descr"):
             Compressor(config, None, {**weights, "y.bias": weights["q.bias"]}, description)
 
-    def test_a_tied_head_is_described_and_not_stored(self, tensors):
+    def test_a_tied_head_is_described_and_not_stored(self, tensors, tmp_path):
         weights, description = tensors
         config = CompressConfig()
-        Compressor(config, None, weights, {**description, "embed_out.weight": "FLOAT"}).run()
+        tied = Compressor(config, None, weights, {**description, "embed_out.weight": "FLOAT"})
+        tied.run()
+        tied.export_safetensors(tmp_path / "small")
+        stored = open_compressed(tmp_path / "small")
+        assert set(stored.types) == set(weights)
+        assert stored.description["embed_out.weight"] == "FLOAT"
+        assert dict(stored.tensors()).keys() == weights.keys()
         with pytest.raises(
             CheckpointError, match=r"embed_out\.weight is in the description but not"
         ):

@@ -21,13 +21,13 @@ from slim_compress.codec import (
 from slim_compress.config import CompressConfig
 from slim_compress.description import (
     WEIGHT_FILE,
-    check_names_match,
     compressed_description,
     description_file,
     is_sparse_weight,
     refuse_16_bit,
     restored_description,
     tensor_types,
+    types_of,
 )
 from slim_compress.device import compress_for_device
 from slim_compress.errors import VerificationError
@@ -75,7 +75,8 @@ class CompressedCheckpoint:
     description : dict
         The stored description.
     types : dict of str to str
-        Type of each tensor of the original, in the order of the description.
+        Type of each tensor of the original, in the order of the description; without a tied
+        head that is described and not stored.
     compressed : list of str
         Weights that are stored compressed.
     """
@@ -84,15 +85,15 @@ class CompressedCheckpoint:
         self.path = checkpoint.path
         self.checkpoint = checkpoint
         self.description = description
-        stored = tensor_types(description)
-        check_names_match(stored, checkpoint.tensors)
+        stored = types_of(checkpoint.tensors, tensor_types(description))
         self.compressed = [
             name
             for name, kind in stored.items()
             if kind == QuantType.W8A8SC_SLC1 and name.endswith(".weight")
         ]
         _check_parts(self.compressed, stored)
-        self.types = tensor_types(restored_description(description, self.compressed))
+        types = tensor_types(restored_description(description, self.compressed))
+        self.types = {name: kind for name, kind in types.items() if name in stored}
 
     def load(self, name: str, *, jobs: int = 1) -> np.ndarray:
         """Return a tensor of the original; a compressed one is decoded.
@@ -215,8 +216,7 @@ def compress_checkpoint(
     directory = as_path("source", source)
     check_output_dir(target, overwrite=overwrite)
     checkpoint, description = open_checkpoint(directory), read_description(directory)
-    types = tensor_types(description)
-    check_names_match(types, checkpoint.tensors)
+    types = types_of(checkpoint.tensors, tensor_types(description))
     refuse_16_bit(types)
     names = _chosen(checkpoint, types, config.compress_disable_layers)
     if verify and config.codec == "device":

@@ -15,12 +15,12 @@ from slim_compress.codec import Compressed, compress, decompress
 from slim_compress.config import CompressConfig
 from slim_compress.description import (
     WEIGHT_FILE,
-    check_names_match,
     compressed_description,
     description_file,
     is_sparse_weight,
     refuse_16_bit,
     tensor_types,
+    types_of,
 )
 from slim_compress.device import compress_for_device
 from slim_compress.errors import VerificationError
@@ -227,7 +227,7 @@ class Compressor:
             if not isinstance(key, str):
                 raise InvalidTypeError(f"the keys of weight must be str, not {type(key).__name__}")
             to_numpy(key, value)
-        check_names_match(types, self.weights)
+        types = types_of(self.weights, types)
         refuse_16_bit(types)
         return types
 

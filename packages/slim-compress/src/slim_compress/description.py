@@ -43,10 +43,10 @@ def tensor_types(description: Mapping[str, Any]) -> dict[str, str]:
     return types
 
 
-def check_names_match(types: Mapping[str, str], tensors: Iterable[str]) -> None:
-    """Require that the description and the weights speak of the same tensors.
+def types_of(tensors: Iterable[str], types: Mapping[str, str]) -> dict[str, str]:
+    """Return the types of the tensors, in the order of the description, which must be of the same.
 
-    A float output head may be described and not stored: it is the embedding then.
+    A float output head may be described and not stored: it is the embedding then, and left out.
 
     Raises
     ------
@@ -65,6 +65,7 @@ def check_names_match(types: Mapping[str, str], tensors: Iterable[str]) -> None:
             f"the weights and the description do not match: {_some(missing)} "
             "in the description but not in the weights"
         )
+    return {name: kind for name, kind in types.items() if name in names}
 
 
 def is_sparse_weight(name: str, kind: str) -> bool:

@@ -1,0 +1,73 @@
+"""slim-ptq's sparse weights through slim-compress and back, by the installed commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+# Writes W8A8S as a script for the classic interface does.
+SPARSE = """\
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from slim_ptq import Calibrator, QuantConfig
+
+source, calib, target, options = sys.argv[1:]
+torch.manual_seed(0)
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+rows = [json.loads(line)["text"] for line in open(calib)][:4]
+samples = [tokenizer(row, return_tensors="pt") for row in rows]
+data = [[sample["input_ids"][:, :128], sample["attention_mask"][:, :128]] for sample in samples]
+config = QuantConfig(4, 8, mm_tensor=False, fraction=0.01, **json.loads(options))
+calibrator = Calibrator(model, config, calib_data=data)
+calibrator.run()
+calibrator.save(target, save_type=["safe_tensor"])
+"""
+
+
+def read(directory: Path) -> dict[str, np.ndarray]:
+    """Return all tensors of a directory; bfloat16 ones as their bits."""
+    import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as stored:
+            tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-bloom"])
+@pytest.mark.parametrize("options", [{"is_lowbit": True}, {"co_sparse": True}], ids=str)
+def test_sparse_weights_come_back(
+    model: str, options: dict[str, bool], examples: Path, run: Any, tmp_path: Path
+) -> None:
+    raw, small, back = (tmp_path / name for name in ("raw", "small", "back"))
+    script = tmp_path / "sparse.py"
+    script.write_text(SPARSE)
+    run("python", script, examples / model, examples / "calib.jsonl", raw, json.dumps(options))
+    original = read(raw)
+    types = json.loads(next(raw.glob("quant_model_description*.json")).read_text())
+    sparse = [n for n, kind in types.items() if kind == "W8A8S" and n.endswith(".weight")]
+    sparse = [name for name in sparse if original[name].ndim == 2]
+    assert len(sparse) >= 16
+
+    run("slim-compress", "compress", raw, small, "--verify")
+    stored = read(small)
+    for name in sparse:
+        stem = name.removesuffix(".weight")
+        sizes = [stored[f"{stem}.{part}"].nbytes for part in ("weight", "index", "info")]
+        assert sum(sizes) < 0.6 * original[name].size
+    run("slim-compress", "verify", small, "--original", raw)
+
+    run("slim-compress", "decompress", small, back)
+    restored = read(back)
+    assert restored.keys() == original.keys()
+    for name, array in original.items():
+        assert restored[name].dtype == array.dtype
+        assert restored[name].tobytes() == array.tobytes()
