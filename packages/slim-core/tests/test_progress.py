@@ -23,6 +23,21 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     assert "3/3" in captured.err
 
 
+def test_a_stage_within_a_stage(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    seen = [(outer, inner) for outer in track("ab", "outer") for inner in track("cd", "inner")]
+    assert seen == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
+    for _ in track("ab", "outer"):
+        for _ in track("cd", "left early"):
+            break
+        assert len(progress._shown) == 1
+    assert progress._shown == []
+    captured = capsys.readouterr().err
+    assert "outer" in captured
+    assert "inner" in captured
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_exceptions_pass_through(monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)

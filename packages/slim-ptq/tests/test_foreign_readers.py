@@ -57,10 +57,7 @@ def agree(what: str, theirs: Any, own: Path, limit: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # to set one option of it
-@pytest.mark.parametrize(
-    "scheme",
-    ["w4a16", "w4a16_asym", "w4a16_g32", "w4a16_g32_asym", "w8a16", "w8a16_g32", "w8a16_asym"],
-)
+@pytest.mark.parametrize("scheme", [f"w{bits}a16{rest}" for bits in (4, 8) for rest in VARIANTS])
 def test_transformers_runs_compressed_tensors(tmp_path: Path, scheme: str) -> None:
     pytest.importorskip("compressed_tensors", reason="the library of compressed-tensors")
     foreign, own = written(tmp_path, "compressed_tensors", scheme)

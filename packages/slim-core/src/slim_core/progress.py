@@ -13,15 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
-from typing import IO, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from slim_core.files import PathLike, as_path
 from slim_core.logging import get_logger
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
 _log = get_logger("progress")
 _streams: list[IO[str]] = []
+_shown: list[Progress] = []  # the bars on the terminal, which has room for one group of them
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def track(
 
     Notes
     -----
-    A bar is drawn on standard error if that is a terminal, by the first of several processes.
+    A bar is drawn on standard error if that is a terminal, by the first of several processes; that
+    of a stage within another one below it.
     """
     if total is None and isinstance(items, Sized):
         total = done + len(items)
@@ -113,6 +118,14 @@ def _bar(description: str, total: int | None, done: int) -> Iterator[Callable[[]
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield lambda: None
         return
+    if _shown:
+        outer = _shown[-1]
+        inner = outer.add_task(description, total=total, completed=done)
+        try:
+            yield lambda: outer.advance(inner)
+        finally:
+            outer.remove_task(inner)
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -133,4 +146,8 @@ def _bar(description: str, total: int | None, done: int) -> Iterator[Callable[[]
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(description, total=total, completed=done)
-        yield lambda: progress.advance(task)
+        _shown.append(progress)
+        try:
+            yield lambda: progress.advance(task)
+        finally:
+            _shown.remove(progress)

@@ -134,7 +134,8 @@ def fake_round(x: torch.Tensor, ratio: torch.Tensor, scheme: TensorScheme) -> to
     """
     if scheme.scales is ScaleKind.E8M0:
         plain = x.detach()
-        return x + (round_groups(plain, scheme) - plain)
+        change: torch.Tensor = round_groups(plain, scheme) - plain
+        return x + change
     dtype = scheme.dtype
     peak = x.abs().amax(dim=-1, keepdim=True) * ratio
     scale = (peak / dtype.max).clamp(min=EPS)

@@ -11,6 +11,7 @@ from torch import nn
 
 from slim_core.errors import NumericalError
 from slim_core.logging import get_logger
+from slim_core.progress import track
 from slim_core.scheme import QuantScheme, TensorScheme
 from slim_ptq.calibration.block_samples import BlockSamples
 from slim_ptq.flatquant.linear import SharedInput, TrainedLinear
@@ -20,7 +21,7 @@ from slim_ptq.structure import BlockTrace, Link, weight_of
 from slim_ptq.transforms import scale_link
 from slim_ptq.transforms.smooth import smooth_scales
 
-_PATIENCE = 3  # epochs without progress after which training ends
+_PATIENCE = 4  # epochs without progress after which training ends
 _PROGRESS = 0.01  # share of the loss
 _LAST_RATE = 1e-3  # share of the learning rate that is left at the end
 _CLIP_RATE = 10.0  # learning rate of clip ratios in that of the transforms
@@ -182,24 +183,27 @@ class _Training:
         plain = best = self._measured()
         kept = self._state()
         self._modules.load_state_dict(started)
-        loss, waited = self._measured(), 0
+        best, kept = self._better(self._measured(), best, kept)
         optimizer, schedule = self._optimizer()
-        while True:
-            if loss < best * (1 - _PROGRESS):
-                waited = 0
-            else:
-                waited += 1
-            if loss < best:
-                best, kept = loss, self._state()
-            if self._epochs == self._options.epochs or waited > _PATIENCE:
-                break
+        waited = 0
+        for _ in track(range(self._options.epochs), f"Training {self._name}"):
             self._epoch(optimizer, schedule)
             self._epochs += 1
             loss = self._measured()
             _log.info("%s: epoch %d, error %.3e", self._name, self._epochs, loss)
+            waited = 0 if loss < best * (1 - _PROGRESS) else waited + 1
+            best, kept = self._better(loss, best, kept)
+            if waited == _PATIENCE:
+                break
         self._modules.load_state_dict(kept)
         self._refresh()
         self._losses = plain, best
+
+    def _better(
+        self, loss: float, best: float, kept: dict[str, torch.Tensor]
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        """Return the smallest loss so far, and the parameters that gave it."""
+        return (loss, self._state()) if loss < best else (best, kept)
 
     def _epoch(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         for batch in range(len(self._samples)):
