@@ -1,54 +1,178 @@
-"""Whether peak memory depends on the number of layers.
+"""Whether peak memory stays within its bound, for any number of layers.
 
-Each run is a process of its own; what it had before the work began (imports) is taken off.
+A random Llama of several gigabytes is quantized under a limit of the system, once with few layers
+and once with many.  The limit is RLIMIT_DATA: all memory of the process that is not a mapped file,
+resident or not, counts; an allocation beyond it fails.  It is set when everything is imported, to
+what the process has then plus the bound.  ``python memory.py FOLDER`` keeps the models in a folder.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-from _common import peak_memory_of, save, write_llama
+import matplotlib
+
+matplotlib.use("svg")
+from _common import save, write_llama
+from matplotlib import pyplot
 
 COMMAND = "nox -s bench-slim-ptq"
-HIDDEN, INTER = 1024, 2816
+PLOT = Path(__file__).parents[2] / "packages" / "slim-ptq" / "docs" / "memory.svg"
+LAYERS = (12, 48)
+HIDDEN, INTER, VOCAB = 2048, 5632, 32000
+SAMPLES, LENGTH, BATCH = 8, 512, 4
+SHARD = 1 << 29
+BLOCK = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTER)  # bytes, as stored
+EMBEDDING = 2 * VOCAB * HIDDEN
+ACTIVATIONS = 4 * SAMPLES * LENGTH * HIDDEN  # float32
+JOBS = {  # scheme: (stage whose steps are counted, bound)
+    "w8a8": ("Quantizing blocks", 3 * 2 * BLOCK + EMBEDDING + ACTIVATIONS),
+    "w8a16": ("Quantizing weights", 2 * SHARD),
+}
+MB = 1e6
 
 RUN = """
+import json, resource, sys
+from pathlib import Path
+model, output, scheme, bound, samples, length, batch = sys.argv[1:]
 import torch
+import transformers.models.llama.modeling_llama
+from slim_core.progress import writing_events
 from slim_ptq.api import quantize
 from slim_ptq.calibration.text import TokenWindows, windows
-import transformers.models.llama.modeling_llama
-torch.set_num_threads(1)
-ids = list(range(2, 1026))
-data = TokenWindows(windows(ids, 2, 512, 1), "ids") if sys.argv[3] == "w8a8" else None
-start()
-quantize(sys.argv[1], sys.argv[2], scheme=sys.argv[3], calibration=data)
+samples, length = int(samples), int(length)
+ids = torch.randint(2, 2000, (samples * length,), generator=torch.Generator().manual_seed(0))
+data = TokenWindows(windows(ids.tolist(), samples, length, int(batch)), "random ids")
+status = dict(line.split(":\\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+held = int(status["VmData"].split()[0]) << 10
+limit = held + int(bound) if int(bound) else resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+print("begin", flush=True)
+with writing_events(f"{output}.events"):
+    quantize(model, output, scheme=scheme, calibration=data if scheme == "w8a8" else None)
 """
 
 
+def measured(model: Path, output: Path, scheme: str, bound: int) -> dict[str, Any]:
+    """Quantize in a fresh process under a limit and follow its memory.
+
+    Returns
+    -------
+    dict
+        ``base``: resident bytes before the work; ``peak``: of the work, what was there before
+        taken off; ``steps``: the largest of each step (the last one is what comes after them).
+    """
+    numbers = [bound, SAMPLES, LENGTH, BATCH]
+    arguments = [str(model), str(output), scheme, *map(str, numbers)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    base = _resident(process.pid)
+    started = time.perf_counter()
+    events = Path(f"{output}.events")
+    steps: list[int] = []
+    while process.poll() is None:
+        done = _steps(events, JOBS[scheme][0])
+        steps += [0] * (done + 1 - len(steps))
+        steps[-1] = max(steps[-1], _resident(process.pid) - base)
+        time.sleep(0.01)
+    if process.returncode:
+        raise RuntimeError(f"{scheme} of {model} ended with {process.returncode}")
+    seconds = time.perf_counter() - started
+    return {"base": base, "peak": max(steps), "steps": steps, "seconds": round(seconds, 1)}
+
+
+def _resident(pid: int) -> int:
+    """Return the resident bytes of a process, 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def _steps(events: Path, stage: str) -> int:
+    if not events.exists():
+        return 0
+    lines = [line for line in events.read_text().splitlines() if f'"{stage}"' in line]
+    return int(json.loads(lines[-1])["done"]) if lines else 0
+
+
 def main() -> None:
-    """Measure and save."""
+    """Measure, save and plot."""
+    if len(sys.argv) > 1:
+        run(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run(Path(folder))
+
+
+def run(root: Path) -> None:
+    """Do it all with models in a folder."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for layers in (4, 8, 16):
-            model = root / f"model-{layers}"
-            nbytes = write_llama(model, layers=layers, hidden=HIDDEN, inter=INTER)
-            row: dict[str, float] = {"layers": layers, "model_mb": round(nbytes / 1e6, 1)}
-            for scheme in ("w8a16", "w8a8"):
-                base, peak = peak_memory_of(RUN, str(model), f"{model}-{scheme}", scheme)
-                row[f"{scheme}_mb"] = round((peak - base) / 1e6, 1)
-            rows.append(row)
-    block = (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTER) * 4 / 1e6
+    for layers in LAYERS:
+        model = root / f"llama-{layers}"
+        if not model.exists():
+            write_llama(model, layers=layers, hidden=HIDDEN, inter=INTER, vocab=VOCAB)
+        for scheme, (_, bound) in JOBS.items():
+            found = measured(model, root / f"out-{layers}-{scheme}", scheme, bound)
+            rows.append({"layers": layers, "scheme": scheme, "bound": bound, **found})
+            print(rows[-1], flush=True)
+    plot(rows)
     save(
         "memory",
         COMMAND,
         {
-            "question": "peak resident memory of the work itself, one process a run",
-            "float32_block_mb": round(block, 1),
-            "rows": rows,
+            "question": "resident memory over the layers, beyond that of the imports, in MB",
+            "limit": "RLIMIT_DATA = data segment after the imports + bound",
+            "model_gigabytes": round((LAYERS[-1] * BLOCK + 2 * EMBEDDING) / 1e9, 2),
+            "block_mb": {"bfloat16": BLOCK / MB, "float32": 2 * BLOCK / MB},
+            "embedding_mb": EMBEDDING / MB,
+            "activations_mb": ACTIVATIONS / MB,
+            "shard_mb": SHARD / MB,
+            "rows": [
+                {
+                    "layers": row["layers"],
+                    "scheme": row["scheme"],
+                    "bound_mb": round(row["bound"] / MB, 1),
+                    "peak_mb": round(row["peak"] / MB, 1),
+                    "imports_mb": round(row["base"] / MB, 1),
+                    "seconds": row["seconds"],
+                }
+                for row in rows
+            ],
         },
     )
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw resident memory over the share of the work that is done."""
+    pyplot.rcParams["svg.hashsalt"] = "slim"
+    figure, panels = pyplot.subplots(1, len(JOBS), figsize=(9, 3.2))
+    for panel, (scheme, (stage, bound)) in zip(panels, JOBS.items(), strict=True):
+        for row in (row for row in rows if row["scheme"] == scheme):
+            size = row["layers"] / max(1, len(row["steps"]) - 1)
+            places = [index * size for index in range(len(row["steps"]))]
+            panel.step(places, [value / MB for value in row["steps"]], where="post", lw=1)
+            panel.plot([], [], color=panel.lines[-1].get_color(), label=f"{row['layers']} layers")
+        panel.axhline(bound / MB, color="black", ls="--", lw=1, label="bound")
+        panel.set(
+            title=f"{scheme}: {stage.lower()}", xlabel="layers done", ylabel="MB", ylim=(0, None)
+        )
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
 
 
 if __name__ == "__main__":

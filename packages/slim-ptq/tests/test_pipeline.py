@@ -96,7 +96,7 @@ class TestMemory:
             )
             peaks.append(peak)
         largest = 128 * 64 * 4
-        assert peaks[0] == peaks[1] <= 4 * largest
+        assert max(peaks) <= 4 * largest
 
     def test_no_pipeline_leaves_parameters_behind(
         self, saved_model: Factory, data: TokenWindows

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from slim_core.checkpoint import Checkpoint
 from slim_core.errors import CheckpointError, StructureError
@@ -42,8 +43,9 @@ def empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
         )
         factory = model_factory(checkpoint.config)
-        with _parameters_on_meta():
-            model = factory.from_config(config, trust_remote_code=trust_remote_code)
+        model = _without_parameters(
+            lambda: factory.from_config(config, trust_remote_code=trust_remote_code)
+        )
     except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
         raise StructureError(
             f"transformers cannot build the model of {checkpoint.path}: {error}",
@@ -138,6 +140,28 @@ def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Te
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the model wants {shape}")
     return tensor
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts tensors that nobody has filled on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None and kwargs.get("out") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _without_parameters(build: Callable[[], Any]) -> Any:
+    """Return a model whose parameters are on the meta device, and were never anywhere else."""
+    with _parameters_on_meta():
+        with _EmptyOnMeta():
+            model = build()
+        if any(buffer.is_meta for buffer in model.buffers()):  # its code fills it after making it
+            model = build()
+        return model
 
 
 @contextlib.contextmanager

@@ -156,6 +156,7 @@ class BlockRunner:
                 handle.remove()
         self._hidden.advance()
         self._looked = False
+        trim()
 
     def _check(self, output: torch.Tensor, index: int) -> None:
         if not bool(torch.isfinite(output).all()):

@@ -23,6 +23,7 @@ from slim_core.checkpoint import Checkpoint
 from slim_core.errors import InvalidValueError
 from slim_core.export import CheckpointExport
 from slim_core.logging import get_logger
+from slim_core.method import MethodSpec
 from slim_core.numerics import check_finite
 from slim_core.plan import LayerPlan, Plan
 from slim_core.progress import track
@@ -35,7 +36,7 @@ from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.flatquant import train_block
 from slim_ptq.inventory import Inventory
-from slim_ptq.methods import FlatQuant, LearnedTransform, make_method
+from slim_ptq.methods import FlatQuant, LearnedTransform, Parts, SignRound, make_method
 from slim_ptq.observers import SpreadObserver
 from slim_ptq.parallel import Team
 from slim_ptq.pipeline.ahead import work_ahead
@@ -53,6 +54,7 @@ from slim_ptq.pipeline.quantizing import (
 from slim_ptq.pipeline.saving import StateSaver
 from slim_ptq.pipeline.smoothing import BlockSmoother
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
+from slim_ptq.rounding import RoundedStream
 from slim_ptq.structure import bias_of, trace_block, weight_of
 from slim_ptq.structure.norms import is_norm_like
 from slim_ptq.tensors import from_numpy, to_numpy
@@ -94,18 +96,24 @@ def run_blockwise(
     """
     team = Team() if team is None else team
     state = None if work is None else work.state
-    job = _Job(checkpoint, inventory, plan, recipe, export, team)
+
+    def hidden_states(name: str) -> HiddenStates:
+        return HiddenStates(
+            None if work is None else work.path,
+            activation_bytes,
+            None if state is None else state[name][team.rank],
+            name=f"{name}-{team.rank}",
+        )
+
+    hidden = hidden_states("hidden")
+    rounding = RoundedStream(hidden_states("rounded")) if _trained(plan, SignRound) else None
+    streams = [hidden] if rounding is None else [hidden, rounding.hidden]
+    job = _Job(checkpoint, inventory, plan, recipe, export, team, rounding)
     if state is not None:
         job.load_state(state["job"])
         export.load_state(state["export"])
-    hidden = HiddenStates(
-        None if work is None else work.path,
-        activation_bytes,
-        None if state is None else state["hidden"][team.rank],
-        name=f"hidden-{team.rank}",
-    )
     if state is not None and state["complete"]:
-        hidden.remove_files()
+        _remove_files(streams)
         return job.reports
     runner = BlockRunner(checkpoint, inventory, data, device, hidden, team)
     start = 0 if state is None else state["blocks"]
@@ -116,7 +124,9 @@ def run_blockwise(
             if saver is None:
                 return
             sync = saver.sync if team.is_first else os.fsync
-            states = team.collect(None if complete else hidden.save_state(sync))
+            states = [
+                team.collect(None if complete else stream.save_state(sync)) for stream in streams
+            ]
             if team.is_first:
                 saver.save(
                     {
@@ -124,7 +134,7 @@ def run_blockwise(
                         "complete": complete,
                         "job": job.save_state(),
                         "export": export.save_state(sync),
-                        "hidden": states,
+                        **dict(zip(("hidden", "rounded"), states, strict=False)),
                     }
                 )
 
@@ -137,8 +147,19 @@ def run_blockwise(
             job.rest()
         export.finish()
         save(len(runner), complete=True)
-    hidden.remove_files()
+    _remove_files(streams)
     return job.reports
+
+
+def _remove_files(streams: Iterable[HiddenStates]) -> None:
+    for stream in streams:
+        stream.remove_files()
+
+
+def _trained(plan: Plan, *kinds: type[FlatQuant] | type[SignRound]) -> list[MethodSpec]:
+    """Return the methods of a plan that are of these kinds, which are trained block by block."""
+    names = {kind.name for kind in kinds}
+    return [layer.method for layer in plan.quantized.values() if layer.method.name in names]
 
 
 def plan_with_fallback(
@@ -178,7 +199,7 @@ def check_alone(plan: Plan, team: Team) -> None:
     InvalidValueError
         There are several.
     """
-    trained = [p.method for p in plan.quantized.values() if p.method.name == FlatQuant.name]
+    trained = _trained(plan, FlatQuant, SignRound)
     if trained and team.size > 1:
         raise InvalidValueError(
             f"method {trained[0]} trains each block in one process, not in {team.size}",
@@ -197,8 +218,10 @@ class _Job:
         recipe: Recipe,
         export: CheckpointExport,
         team: Team,
+        rounding: RoundedStream | None = None,
     ) -> None:
         self._team = team
+        self._rounding = rounding
         self._checkpoint = checkpoint
         self._inventory = inventory
         self._plan = plan
@@ -222,7 +245,10 @@ class _Job:
         self._check_weights(block, layers)
         if self._smoother is not None:
             self._smoother.smooth(runner, block, index, layers)
-        learned = self._train(runner, block, index, quantized)
+        learned: dict[str, LearnedTransform | Parts] = {
+            **self._train(runner, block, index, quantized),
+            **self._learn_rounding(runner, block, index, quantized),
+        }
         statistics = block_statistics(quantized, self._recipe.observer)
         watches = {name: stats.watch for name, stats in first_watchers(statistics).items()}
         with self._attention.watching(runner, block, index):
@@ -298,12 +324,26 @@ class _Job:
             stored={local: tensor.dtype for local, tensor in stored.items()},
         )
 
+    def _learn_rounding(
+        self, runner: BlockRunner, block: nn.Module, index: int, quantized: Mapping[str, LayerPlan]
+    ) -> dict[str, Parts]:
+        """Learn the rounding of a block, if a method of any layer of the model wants that."""
+        if self._rounding is None:
+            return {}
+        layers = {}
+        for local, plan in quantized.items():
+            method = make_method(plan.method)
+            if isinstance(method, SignRound) and plan.scheme.weight is not None:
+                layers[local] = method, plan.scheme.weight
+        samples = runner.samples(block, index)
+        return self._rounding.block(self._inventory.blocks[index], block, samples, layers)
+
     def _quantize(
         self,
         block: nn.Module,
         quantized: Mapping[str, LayerPlan],
         statistics: Mapping[str, InputStatistics],
-        learned: Mapping[str, LearnedTransform],
+        learned: Mapping[str, LearnedTransform | Parts],
     ) -> None:
         """Quantize the layers that fall to this process; the first one writes those of all."""
         share = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
@@ -352,7 +392,7 @@ class _Job:
         linear: nn.Module,
         plan: LayerPlan,
         statistics: InputStatistics,
-        learned: LearnedTransform | None,
+        learned: LearnedTransform | Parts | None,
     ) -> Made:
         started = time.perf_counter()
         weight = weight_of(linear)

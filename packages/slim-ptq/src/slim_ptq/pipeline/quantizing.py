@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,12 @@ from slim_core.logging import get_logger
 from slim_core.method import MethodSpec
 from slim_core.plan import LayerPlan
 from slim_core.report import LayerReport
-from slim_core.scheme import QuantScheme
+from slim_core.scheme import Granularity, QuantScheme
 from slim_ptq.methods import LayerInputs, MinMax, WeightMethod, make_method, relative_error
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.tensors import from_numpy
 
+_PART = 1 << 22  # weights
 _CPU = torch.device("cpu")
 
 _log = get_logger("ptq")
@@ -141,7 +143,15 @@ def float_report(plan: LayerPlan, nbytes: int) -> LayerReport:
 def output_error(layer: QuantizedLinear, weight: torch.Tensor, x: torch.Tensor) -> float:
     """Return the relative error of the layer's output, without bias, for input ``x``."""
     x = x.float()
-    expected = x @ weight.float().T
-    found = FakeQuantLinear(replace(layer, bias=None), torch.float32)(x)
-    norm = float(torch.linalg.vector_norm(expected))
-    return float(torch.linalg.vector_norm(found - expected)) / norm if norm else 0.0
+    layer = replace(layer, bias=None)
+    scheme = layer.scheme.weight
+    across = scheme is not None and scheme.granularity is Granularity.PER_BLOCK
+    step = len(weight) if across else max(1, _PART // weight.shape[1])
+    norm = error = 0.0
+    for start in range(0, len(weight), step):  # the float weights of a part of the rows at a time
+        rows = slice(start, start + step)
+        expected = x @ weight[rows].float().T
+        found = FakeQuantLinear(layer if across else layer.rows(rows), torch.float32)(x)
+        norm += float(torch.linalg.vector_norm(expected)) ** 2
+        error += float(torch.dist(found, expected)) ** 2
+    return math.sqrt(error / norm) if norm else 0.0
