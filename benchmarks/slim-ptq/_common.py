@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,28 +79,6 @@ def best_of(run: Callable[[], Any], repeats: int = REPEATS) -> float:
         run()
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def peak_memory_of(code: str, *arguments: str) -> tuple[int, int]:
-    """Return the resident bytes at the start of the work and at its peak, in a fresh process.
-
-    ``code`` must call ``start()`` after its imports.
-    """
-    program = (
-        "import resource, sys\n"
-        "def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "def start(): global base; base = rss()\n"
-        f"{code}\nprint(base, rss())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    base, peak = done.stdout.split()[-2:]
-    return int(base), int(peak)
 
 
 def save(question: str, command: str, result: dict[str, Any]) -> None:
