@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -325,8 +326,23 @@ def test_merge_is_attention_over_the_union():
     ]
     nothing = (torch.zeros_like(whole), torch.full_like(lse, -torch.inf))
     got, got_lse = merge([*parts, nothing])
-    torch.testing.assert_close(got, whole)
+    torch.testing.assert_close(got, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(got_lse, lse)
+
+
+def test_merging_a_weighted_token_is_the_softmax_with_its_slot():
+    """The compensation token: a logit more, raised by the log of how many tokens it stands for."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, n, 16, generator=generator) for n in (1, 50, 50))
+    mean_key, mean_value = torch.randn(2, 2, 4, 1, 16, generator=generator)
+    for count in (1, 30, 100_000):
+        logits = query @ torch.cat([key, mean_key], 2).mT * 0.25
+        logits[..., -1] += math.log(count)
+        expected = logits.softmax(-1) @ torch.cat([value, mean_value], 2)
+        slot = (query * mean_key).sum(-1) * 0.25 + math.log(count)
+        got, lse = merge([attention_lse(query, key, value, scale=0.25), (mean_value, slot)])
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(lse, logits.logsumexp(-1))
 
 
 def test_top_heads_counts_and_ties():
