@@ -231,7 +231,7 @@ class TestHQQ:
         last = HQQ().objective(sets, grid)
         for iterations in (1, 2, 5, 20):
             method = HQQ(iterations=iterations, float_offset=float_offset)
-            objective = method.objective(sets, method._fit(sets, grid, None))
+            objective = method.objective(sets, method.fit(sets, grid, None))
             assert bool((objective <= last).all())
             last = objective
 

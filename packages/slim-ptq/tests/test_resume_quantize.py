@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scheme": "w4a4_flatquant_dynamic",
         "method": {"name": "flatquant", "epochs": 1},
     },
+    "signround": {"scheme": "w4a16", "method": {"name": "signround", "iterations": 4}},
     "weights": {"scheme": "w8a16"},
 }
 

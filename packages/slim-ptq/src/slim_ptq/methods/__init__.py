@@ -5,6 +5,7 @@ from slim_ptq.methods.flatquant import FlatQuant
 from slim_ptq.methods.learned import LearnedTransform
 from slim_ptq.methods.minmax import MinMax, quantize_minmax, relative_error
 from slim_ptq.methods.registry import METHODS, PtqMethods, make_method
+from slim_ptq.methods.signround import SignRound
 
 __all__ = [
     "METHODS",
@@ -15,6 +16,7 @@ __all__ = [
     "Needs",
     "Parts",
     "PtqMethods",
+    "SignRound",
     "WeightMethod",
     "make_method",
     "quantize_minmax",

@@ -43,8 +43,8 @@ class LayerInputs:
         mean squared output error with respect to a row of the weight.
     moments : torch.Tensor, optional
         float32, shape (in,): the mean of ``x**2``, the diagonal of ``hessian``.
-    learned : LearnedTransform, optional
-        Of FlatQuant, if the block of the layer was trained.
+    learned : LearnedTransform or Parts, optional
+        If the block of the layer was trained: of FlatQuant, of learned rounding.
     memo : dict
         What methods have computed of these inputs alone, for the layers that share them.
     """
@@ -52,7 +52,7 @@ class LayerInputs:
     count: int
     hessian: torch.Tensor | None = None
     moments: torch.Tensor | None = None
-    learned: LearnedTransform | None = None
+    learned: LearnedTransform | Parts | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 

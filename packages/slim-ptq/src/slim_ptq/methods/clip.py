@@ -6,23 +6,19 @@ of ACIQ (arXiv:1810.05723), found by search instead of from an assumed distribut
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from slim_core.numerics import check_finite
-from slim_core.scheme import QuantScheme, TensorScheme
-from slim_core.validate import check_float, check_int, check_type
-from slim_ptq.methods.base import LayerInputs, Needs, Parts
-from slim_ptq.methods.choices import unsupported_grid
-from slim_ptq.methods.grid import fit_weight
+from slim_core.validate import check_float, check_int
+from slim_ptq.methods.grid import Grid
+from slim_ptq.methods.nearest import WeightedMethod
 from slim_ptq.methods.search import SMALLEST, STEPS, shrink_range
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(WeightedMethod):
     """Round to nearest on searched ranges.
 
     The error of a row or group is never above that of min-max.
@@ -30,8 +26,7 @@ class Clip:
     Parameters
     ----------
     weighted : bool
-        Weight the squared error of each input channel with its mean square on the calibration
-        data, so that calibration data is needed.
+        See :class:`~slim_ptq.methods.nearest.WeightedMethod`.
     steps : int
         Candidate ranges, in [1, 1000].
     smallest : float
@@ -45,35 +40,14 @@ class Clip:
 
     name: ClassVar[str] = "clip"
 
-    weighted: bool = False
     steps: int = STEPS
     smallest: float = SMALLEST
 
     def __post_init__(self) -> None:
-        check_type("weighted", self.weighted, bool)
+        super().__post_init__()
         check_int("steps", self.steps, low=1, high=1000)
         check_float("smallest", self.smallest, low=1e-3, high=0.999)
 
-    @property
-    def needs(self) -> Needs:
-        """Mean squares of the inputs, if the error is weighted with them."""
-        return Needs.MOMENTS if self.weighted else Needs.NONE
-
-    def unsupported(self, scheme: QuantScheme) -> str | None:
-        """Return why there is no range to search, None if there is one."""
-        return unsupported_grid(scheme)
-
-    def quantize(
-        self,
-        name: str,
-        weight: torch.Tensor,
-        scheme: TensorScheme,
-        inputs: LayerInputs | None = None,
-    ) -> Parts:
-        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
-        values = weight.detach().float()
-        check_finite(name, "weight", values)
-        fit = functools.partial(shrink_range, steps=self.steps, smallest=self.smallest)
-        moments = inputs.moments if self.weighted and inputs is not None else None
-        grid = fit_weight(values, scheme, fit, moments)
-        return grid.parts(grid.codes(values))
+    def fit(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> Grid:
+        """Return the best of the shrunk ranges."""
+        return shrink_range(weight, grid, importance, steps=self.steps, smallest=self.smallest)

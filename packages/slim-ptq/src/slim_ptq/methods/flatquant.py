@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 
-from slim_core.numerics import EPS, check_finite, quantize_weight, weight_params
+from slim_core.numerics import EPS, quantize_weight, weight_params
 from slim_core.scheme import QuantScheme, ScaleKind, TensorScheme, Variant
 from slim_core.validate import check_float, check_int
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
-from slim_ptq.methods.choices import check_enum
+from slim_ptq.methods.choices import check_enum, finite_weight
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.methods.learned import LearnedTransform
 from slim_ptq.methods.minmax import MinMax
@@ -90,10 +90,9 @@ class FlatQuant:
         and its transforms are identities.
         """
         learned = None if inputs is None else inputs.learned
-        if inputs is None or learned is None:
+        if inputs is None or not isinstance(learned, LearnedTransform):
             return MinMax().quantize(name, weight, scheme)
-        values = weight.detach().float()
-        check_finite(name, "weight", values)
+        values = finite_weight(name, weight)
         values = learned.weight(values)
         if inputs.hessian is not None:
             hessian = learned.hessian(inputs.hessian)

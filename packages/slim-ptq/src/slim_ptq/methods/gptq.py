@@ -15,11 +15,16 @@ import torch
 
 from slim_core.dtypes import IntType, TableType
 from slim_core.errors import InvalidValueError
-from slim_core.numerics import EPS, check_finite
+from slim_core.numerics import EPS
 from slim_core.scheme import QuantScheme, TensorScheme
 from slim_core.validate import check_float, check_int, check_type
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
-from slim_ptq.methods.choices import check_enum, unsupported_grid
+from slim_ptq.methods.choices import (
+    check_enum,
+    finite_weight,
+    required_hessian,
+    unsupported_grid,
+)
 from slim_ptq.methods.feedback import Feedback, factorize
 from slim_ptq.methods.grid import Fit, Grid, WeightGrid, fit_weight, keep_minmax, minmax_grid
 from slim_ptq.methods.search import shrink_range
@@ -112,10 +117,9 @@ class GPTQ:
         inputs: LayerInputs | None = None,
     ) -> Parts:
         """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
-        if inputs is None or inputs.hessian is None:
-            raise InvalidValueError(f"method gptq needs the inputs of {name}")
-        values = weight.detach().float()
-        check_finite(name, "weight", values)
+        required_hessian(self.name, name, inputs)
+        assert inputs is not None  # narrowing
+        values = finite_weight(name, weight)
         fit = _FITS[self.range]
         grid = fit_weight(values, scheme, fit, inputs.moments)
         feedback = self._feedback(name, scheme, inputs)

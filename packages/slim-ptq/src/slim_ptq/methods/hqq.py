@@ -19,16 +19,14 @@ from typing import ClassVar
 import torch
 
 from slim_core.dtypes import IntType, TableType
-from slim_core.numerics import EPS, check_finite
-from slim_core.scheme import QuantScheme, TensorScheme
+from slim_core.numerics import EPS
 from slim_core.validate import check_float, check_int, check_type
-from slim_ptq.methods.base import LayerInputs, Needs, Parts
-from slim_ptq.methods.choices import unsupported_grid
-from slim_ptq.methods.grid import Grid, fit_weight
+from slim_ptq.methods.grid import Grid
+from slim_ptq.methods.nearest import NearestMethod
 
 
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(NearestMethod):
     """Round to nearest on scales or zero points that a robust norm chooses.
 
     Parameters
@@ -50,7 +48,6 @@ class HQQ:
     """
 
     name: ClassVar[str] = "hqq"
-    needs: ClassVar[Needs] = Needs.NONE
 
     norm: float = 0.7
     beta: float = 10.0
@@ -65,29 +62,13 @@ class HQQ:
         check_int("iterations", self.iterations, low=0, high=1000)
         check_type("float_offset", self.float_offset, bool)
 
-    def unsupported(self, scheme: QuantScheme) -> str | None:
-        """Return why there is no scale or zero point to choose, None if there is one."""
-        return unsupported_grid(scheme)
-
-    def quantize(
-        self,
-        name: str,
-        weight: torch.Tensor,
-        scheme: TensorScheme,
-        inputs: LayerInputs | None = None,
-    ) -> Parts:
-        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
-        values = weight.detach().float()
-        check_finite(name, "weight", values)
-        grid = fit_weight(values, scheme, self._fit)
-        return grid.parts(grid.codes(values))
-
     def objective(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Return the sum of ``|w - q|**p`` of each set, shape (sets, 1)."""
         residual = weight - grid.values(grid.codes(weight))
         return residual.abs_().pow_(self.norm).sum(dim=1, keepdim=True)
 
-    def _fit(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> Grid:
+    def fit(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> Grid:
+        """Return the grid with the least objective that was met."""
         best, lowest = grid, self.objective(weight, grid)
         grid, beta = best, self.beta
         for _ in range(self.iterations):

@@ -1,9 +1,12 @@
-"""Learned rounding: which way each weight is rounded, and how far ranges are clipped.
+"""Learned rounding: which way each weight is rounded, and how wide steps are.
 
-SignRound of AutoRound (Cheng et al., arXiv:2309.05516): a shift ``V`` in [-1/2, 1/2] of every
-weight before rounding and two factors in [0, 1] of every range follow the *sign* of their
-gradients.  Here the output error of the layer is ``tr(E H Eᵀ)`` over all calibration data, so each
-step sees all of it, at the cost of one product with ``H``, and nothing is drawn by chance.
+SignRound of AutoRound (Cheng et al., arXiv:2309.05516): a shift in [-1/2, 1/2] of every weight
+before rounding and factors of every range follow the *sign* of their gradients.
+
+Where a model is quantized block by block, all layers of a block are learned together on the error
+of its output, starting from what GPTQ gives (:mod:`slim_ptq.rounding`).  A layer alone is learned
+on its own output error ``tr(E H Eᵀ)`` over all calibration data, so that each step sees all of it
+at the cost of one product with ``H``.
 """
 
 from __future__ import annotations
@@ -14,26 +17,26 @@ from typing import ClassVar
 import torch
 
 from slim_core.dtypes import IntType
-from slim_core.errors import InvalidValueError
 from slim_core.numerics import EPS, check_finite, split_groups
 from slim_core.scheme import Granularity, QuantScheme, ScaleKind, TensorScheme
 from slim_core.validate import check_float, check_int
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
-from slim_ptq.methods.choices import unsupported_grid
+from slim_ptq.methods.choices import finite_weight, required_hessian, unsupported_grid
+from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.methods.grid import Grid, WeightGrid
 
 
 @dataclass(frozen=True)
 class SignRound:
-    """Minimize the output error of a layer by signed gradient descent.
+    """Minimize the output error of a block, or of a layer alone, by signed gradient descent.
 
-    Each row keeps the best that it met on the way, so its error is never above that of rounding to
-    nearest between the extremes, which is the start.
+    The error of a block is not above that of GPTQ.  Each row of a layer alone keeps the best that
+    it met on the way, so its error is never above that of rounding to nearest between the extremes.
 
     Parameters
     ----------
     iterations : int
-        In [0, 100000]; 0 is rounding to nearest.
+        In [0, 100000]; 0 is GPTQ in a block, rounding to nearest in a layer alone.
     rate : float, optional
         Of the first step, falling linearly to 0; ``1 / iterations`` if not given, with which
         every weight can just reach either neighbour.
@@ -45,7 +48,7 @@ class SignRound:
     """
 
     name: ClassVar[str] = "signround"
-    needs: ClassVar[Needs] = Needs.HESSIAN
+    needs: ClassVar[Needs] = Needs.HESSIAN | Needs.BLOCK
 
     iterations: int = 200
     rate: float | None = None
@@ -54,6 +57,17 @@ class SignRound:
         check_int("iterations", self.iterations, low=0, high=100_000)
         if self.rate is not None:
             check_float("rate", self.rate, low=1e-6, high=1)
+
+    @property
+    def first_rate(self) -> float:
+        """The rate of the first step."""
+        return self.rate or 1 / max(self.iterations, 1)
+
+    def start(
+        self, name: str, weight: torch.Tensor, scheme: TensorScheme, inputs: LayerInputs
+    ) -> Parts:
+        """Return the codes from which the block of a layer is learned."""
+        return GPTQ().quantize(name, weight, scheme, inputs)
 
     def unsupported(self, scheme: QuantScheme) -> str | None:
         """Return why rounding cannot be learned, None if it can."""
@@ -72,17 +86,15 @@ class SignRound:
         inputs: LayerInputs | None = None,
     ) -> Parts:
         """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
-        if inputs is None or inputs.hessian is None:
-            raise InvalidValueError(f"method signround needs the inputs of {name}")
-        values = weight.detach().float()
-        check_finite(name, "weight", values)
-        check_finite(name, "mean of x xᵀ", inputs.hessian)
-        learned = _Learned(values, scheme)
-        rate = self.rate or 1 / max(self.iterations, 1)
+        if inputs is not None and isinstance(inputs.learned, Parts):
+            return inputs.learned
+        hessian = required_hessian(self.name, name, inputs)
+        check_finite(name, "mean of x xᵀ", hessian)
+        learned = _Learned(finite_weight(name, weight), scheme)
         with torch.enable_grad():
             for step in range(self.iterations):
-                learned.step(inputs.hessian, rate * (1 - step / self.iterations))
-        return learned.parts(inputs.hessian)
+                learned.step(hessian, self.first_rate * (1 - step / self.iterations))
+        return learned.parts(hessian)
 
 
 class _Learned:

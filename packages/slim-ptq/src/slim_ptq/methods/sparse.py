@@ -21,10 +21,11 @@ import torch
 
 from slim_core.dtypes import INT8
 from slim_core.errors import InvalidValueError
-from slim_core.numerics import EPS, check_finite, quantize
+from slim_core.numerics import EPS, quantize
 from slim_core.scheme import Granularity, QuantScheme, TensorScheme, Variant
 from slim_core.validate import check_choice, check_float, check_type
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
+from slim_ptq.methods.choices import finite_weight
 
 BULK = 7  # largest code of the bulk: that of a symmetric 4-bit type
 
@@ -99,8 +100,7 @@ class Sparse:
         scheme : TensorScheme
             Symmetric int8, per channel or per tensor.
         """
-        values = weight.detach().float()
-        check_finite(name, "weight", values)
+        values = finite_weight(name, weight)
         make = self._on_power_law if self.nonuniform else self._linear
         codes, scale = make(values, scheme)
         bulk = float((codes.abs() <= BULK).float().mean())

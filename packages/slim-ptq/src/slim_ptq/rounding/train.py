@@ -1,0 +1,139 @@
+"""Learning the rounding of all layers of one decoder block together.
+
+The idea of AutoRound (Cheng et al., arXiv:2309.05516): what counts is the output of the block, and
+the signs of its gradients decide which way a weight is rounded and how wide steps are.  Other than
+there, learning starts from the codes and scales of another method, and what it gives is taken only
+if it serves the block better on all calibration data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from slim_core.errors import NumericalError
+from slim_core.logging import get_logger
+from slim_ptq.methods import Parts
+from slim_ptq.rounding.linear import RoundedLinear, Start
+
+_log = get_logger("ptq")
+
+
+class Samples(Protocol):
+    """Batches of a block, such as :class:`slim_ptq.calibration.block_samples.BlockSamples`."""
+
+    def __len__(self) -> int:
+        """Return how many batches there are."""
+
+    def run(self, block: nn.Module, batch: int) -> torch.Tensor:
+        """Return the output of the block, as it is now, for a batch."""
+
+    def target(self, batch: int) -> torch.Tensor:
+        """Return what it should be."""
+
+
+def train_rounding(
+    name: str,
+    block: nn.Module,
+    starts: Mapping[str, Start],
+    samples: Samples,
+    *,
+    iterations: int,
+    rate: float,
+    seed: int = 0,
+) -> dict[str, Parts]:
+    """Learn how the layers of a block are rounded.
+
+    The mean squared error of the output of the block, relative to its mean square, is not above
+    that of the start, on all batches together.
+
+    Parameters
+    ----------
+    name : str
+        Of the block, for messages.
+    block : nn.Module
+        In floating point, as it is again afterwards.
+    starts : mapping
+        By the local names of the layers.
+    iterations : int
+        Steps, each on one batch.
+    rate : float
+        Of the first step, in steps of the grid, falling linearly to 0.
+    seed : int
+        Of the order of the batches.
+
+    Raises
+    ------
+    NumericalError
+        The error is NaN or infinite.
+    """
+    layers = {
+        local: RoundedLinear(block.get_submodule(local), start) for local, start in starts.items()
+    }
+    learned = [p for layer in layers.values() for p in (layer.shift, layer.factor)]
+    loss = _Loss(name, block, samples)
+    order = _shuffled(len(samples), seed)
+    with replaced(block, layers), torch.enable_grad():
+        first = loss.mean()
+        for step in range(iterations):
+            slopes = torch.autograd.grad(loss(next(order)), learned)
+            speed = rate * (1 - step / iterations)
+            for parameter, slope in zip(learned, slopes, strict=True):
+                parameter.data.sub_(slope.sign_(), alpha=speed)
+            for layer in layers.values():
+                layer.limit()
+        last = loss.mean()
+    _log.info("%s: error %.3e -> %.3e", name, first, last)
+    if last < first:
+        note = f"block error {first:.2e} -> {last:.2e} in {iterations} steps"
+        return {local: layer.parts(note) for local, layer in layers.items()}
+    return {local: start.parts for local, start in starts.items()}
+
+
+class _Loss:
+    """The error of the output of a block, relative to the mean square of the batch."""
+
+    def __init__(self, name: str, block: nn.Module, samples: Samples) -> None:
+        self._name, self._block, self._samples = name, block, samples
+
+    def __call__(self, batch: int) -> torch.Tensor:
+        target = self._samples.target(batch).float()
+        gap = self._samples.run(self._block, batch).float() - target
+        return gap.square().mean() / target.square().mean().clamp(min=torch.finfo().tiny)
+
+    def mean(self) -> float:
+        """Return the mean over all batches, which is finite."""
+        with torch.no_grad():
+            losses = [float(self(batch)) for batch in range(len(self._samples))]
+        mean = sum(losses) / len(losses)
+        if not mean < float("inf"):
+            raise NumericalError(f"{self._name}: the error of its output is NaN or infinite")
+        return mean
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """Yield batches in random order, all of them before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+@contextlib.contextmanager
+def replaced(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put layers in the place of those of a block for the time being."""
+    own = {local: block.get_submodule(local) for local in layers}
+
+    def put(modules: Mapping[str, nn.Module]) -> None:
+        for local, module in modules.items():
+            parent, _, leaf = local.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, module)
+
+    try:
+        put(layers)
+        yield
+    finally:
+        put(own)
