@@ -159,6 +159,36 @@ def peers(session: nox.Session) -> None:
     session.run("pytest", readers, *session.posargs, env=OFFLINE)
 
 
+# Tools that slim-ptq is compared with; they exclude each other, so each has an environment.
+COMPARED = ("llmcompressor", "gptqmodel", "auto-round", "hqq", "optimum-quanto")
+COMPARISON = "benchmarks/slim-ptq/peers"
+
+
+@nox.session(name="bench-peers", default=False)
+def bench_peers(session: nox.Session) -> None:
+    """Compare slim-ptq with other tools: perplexity at equal bits."""
+    install(session, "slim-ptq", group="bench")
+    work = str(ROOT / ".nox" / "peers-work")
+    step = session.posargs[0] if session.posargs else "cases"
+    session.run("python", f"{COMPARISON}/run.py", step, work, env=OFFLINE)
+    if step == "cases":
+        for tool in COMPARED:
+            session.notify(f"bench-peer-{tool}", [work])
+        session.notify("bench-peers", ["measure"])
+
+
+def run_peer(session: nox.Session, tool: str) -> None:
+    """Quantize with another tool what the session bench-peers has prepared."""
+    session.install("-c", "constraints.txt", "torch", tool)
+    session.run("python", f"{COMPARISON}/worker.py", tool, *session.posargs, env=OFFLINE)
+
+
+for _tool in COMPARED:
+    _run = functools.partial(run_peer, tool=_tool)
+    _run.__doc__ = f"Quantize with {_tool} what the session bench-peers has prepared."
+    nox.session(name=f"bench-peer-{_tool}", default=False)(_run)
+
+
 @nox.session(default=False)
 def fuzz(session: nox.Session) -> None:
     """Fuzz the decoder of slim-compress with libFuzzer under ASan and UBSan; needs clang."""

@@ -1,0 +1,142 @@
+"""slim-ptq against the tools that others use: perplexity at equal bits.
+
+Each tool quantizes in an environment of its own (``worker.py``), from the same calibration tokens,
+and leaves float weights; what is here measures all of them, and slim-ptq, on the same windows.
+
+    python run.py cases WORK     write models, calibration tokens and cases
+    python run.py measure WORK   measure what is there, and write the results and the page
+    python run.py report WORK    write them from what was measured before
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cases import (
+    MODELS,
+    OURS,
+    SCHEMES,
+    TOOLS,
+    bits_per_weight,
+    cases,
+    write_models,
+)
+from measure import Judge
+from ours import quantized
+from page import PAGE, page
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _common import machine, save
+
+COMMAND = "nox -s bench-peers"
+
+
+def main() -> None:
+    """Do one of the steps."""
+    step, work = sys.argv[1], Path(sys.argv[2]).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if step == "cases":
+        write_models(work)
+        for tool in TOOLS:
+            (work / f"{tool}.json").write_text(json.dumps(list(cases(tool, work)), indent=1))
+    else:
+        known = _Known(work / "measured.json")
+        if step == "measure":
+            measure(work, known)
+        report(work, known)
+
+
+class _Known:
+    """What was measured, by case, on disk: a run that was stopped goes on where it was."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Take in what was measured of a case."""
+        self.rows[name] = row
+        self._file.write_text(json.dumps(self.rows, indent=1))
+        print(name, row, flush=True)
+
+
+def measure(work: Path, known: _Known) -> None:
+    """Measure all cases that are not known yet, the first seed of all first."""
+    judges: dict[str, Judge] = {}
+    todo = [(case["seed"], tool, case) for tool in (*TOOLS, OURS) for case in cases(tool, work)]
+    for _, tool, case in sorted(todo, key=lambda item: item[0]):
+        model = Path(case["model"]).name
+        if case["name"] not in known.rows:
+            judge = judges.get(model) or judges.setdefault(model, Judge(work, model))
+            found = _measured(work, tool, case, judge)
+            if found is not None:
+                known.add(case["name"], found)
+    for model in MODELS:
+        if model not in known.rows:
+            judge = judges.get(model) or Judge(work, model)
+            known.add(model, {"perplexity": judge.float_perplexity()})
+
+
+def report(work: Path, known: _Known) -> None:
+    """Write the results and the page."""
+    rows = []
+    for tool in (OURS, *TOOLS):
+        for case in cases(tool, work):
+            if case["name"] not in known.rows:
+                continue
+            model, scheme = Path(case["model"]).name, _scheme_of(case)
+            bits = bits_per_weight(work / model, tool, case["method"], scheme)
+            rows.append(
+                {
+                    "tool": tool,
+                    "model": model,
+                    "scheme": scheme.name,
+                    "method": case["method"],
+                    "seed": case["seed"],
+                    "bits": round(bits, 3),
+                    **known.rows[case["name"]],
+                }
+            )
+    result = {
+        "question": "perplexity on the same windows after quantization on the same tokens",
+        "float": {name: known.rows[name]["perplexity"] for name in MODELS if name in known.rows},
+        "rows": rows,
+    }
+    save("peers", COMMAND, result)
+    record = {"command": COMMAND, "machine": machine(), **result}
+    PAGE.write_text(page(record), encoding="utf-8")
+
+
+def _measured(work: Path, tool: str, case: dict[str, Any], judge: Judge) -> dict[str, Any] | None:
+    """Return what a case gives, None where its tool has not run."""
+    if tool != OURS:
+        file = work / "out" / f"{case['name']}.safetensors"
+        if file.exists():
+            return judge.judge_file(file)
+        failed = file.with_suffix(".error")
+        if failed.exists():
+            print(f"{case['name']}: {failed.read_text()[:300]}", flush=True)
+        return None
+    started = time.perf_counter()
+    calibration = Path(case["calibration"])
+    model = quantized(Path(case["model"]), calibration, _scheme_of(case), case["method"])
+    seconds = time.perf_counter() - started
+    return {**judge.judge(model), "seconds": round(seconds, 2)}
+
+
+def _scheme_of(case: dict[str, Any]) -> Any:
+    keys = ("bits", "group", "symmetric", "activation")
+    wanted = tuple(case[key] for key in keys)
+    return next(
+        scheme
+        for scheme in SCHEMES.values()
+        if tuple(getattr(scheme, key) for key in keys) == wanted
+    )
+
+
+if __name__ == "__main__":
+    main()
