@@ -166,21 +166,25 @@ COMPARISON = "benchmarks/slim-ptq/peers"
 
 @nox.session(name="bench-peers", default=False)
 def bench_peers(session: nox.Session) -> None:
-    """Compare slim-ptq with other tools: perplexity at equal bits."""
+    """Compare slim-ptq with other tools: perplexity at equal bits, and speed."""
     install(session, "slim-ptq", group="bench")
     work = str(ROOT / ".nox" / "peers-work")
-    step = session.posargs[0] if session.posargs else "cases"
-    session.run("python", f"{COMPARISON}/run.py", step, work, env=OFFLINE)
-    if step == "cases":
-        for tool in COMPARED:
-            session.notify(f"bench-peer-{tool}", [work])
-        session.notify("bench-peers", ["measure"])
+    if "measure" in session.posargs:
+        session.run("python", f"{COMPARISON}/speed.py", "save", work, env=OFFLINE)
+        session.run("python", f"{COMPARISON}/run.py", "measure", work, env=OFFLINE)
+        return
+    session.run("python", f"{COMPARISON}/run.py", "cases", work, env=OFFLINE)
+    session.run("python", f"{COMPARISON}/speed.py", "prepare", work, env=OFFLINE)
+    for tool in COMPARED:
+        session.notify(f"bench-peer-{tool}", [f"{work}/speed", work])
+    session.notify("bench-peers", ["measure"])
 
 
 def run_peer(session: nox.Session, tool: str) -> None:
     """Quantize with another tool what the session bench-peers has prepared."""
     session.install("-c", "constraints.txt", "torch", tool)
-    session.run("python", f"{COMPARISON}/worker.py", tool, *session.posargs, env=OFFLINE)
+    for work in session.posargs:
+        session.run("python", f"{COMPARISON}/worker.py", tool, work, env=OFFLINE)
 
 
 for _tool in COMPARED:

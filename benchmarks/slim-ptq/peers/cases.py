@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 MODELS = ("tiny-llama", "tiny-bloom", "copy-llama")
 SEEDS = (0, 1, 2)
 ROWS, LENGTH = 24, 256  # calibration windows
-COPIES = 16  # windows of copy-llama that are scored
+SCORED = 20  # windows of 512 tokens that are scored
 OURS = "slim-ptq"
 TOOLS = ("llmcompressor", "gptqmodel", "auto-round", "hqq", "optimum-quanto")
 
@@ -159,9 +159,9 @@ def copies(rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
 def evaluation(model: str) -> tuple[torch.Tensor, int]:
     """Return windows of 512 tokens to score, and the first position that counts."""
     if model == "copy-llama":
-        return copies(COPIES, 512, torch.Generator().manual_seed(1000)), 256
+        return copies(SCORED, 512, torch.Generator().manual_seed(1000)), 256
     ids = encode_text(load_tokenizer(EXAMPLES / model), read_text(EXAMPLES / "eval.txt"))
-    return ids[: len(ids) // 512 * 512].reshape(-1, 512), 1
+    return ids[: SCORED * 512].reshape(SCORED, 512), 1
 
 
 def cases(tool: str, work: Path) -> Iterator[dict[str, Any]]:

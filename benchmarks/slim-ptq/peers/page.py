@@ -14,20 +14,21 @@ PAGE = Path(__file__).parents[3] / "packages" / "slim-ptq" / "docs" / "peers.md"
 HEAD = """# Against other tools, at equal bits
 
 Perplexity after quantization with slim-ptq and with the tools that others use: the same float32
-models of `examples/`, the same calibration tokens (24 windows of 256, drawn anew for each of up to
-three seeds), the same windows of `eval.txt` (tiny-llama, tiny-bloom) or of repeated random segments
+models of `examples/`, the same calibration tokens (24 windows of 256, drawn anew for each seed),
+the same 20 windows of 512 tokens of `eval.txt` (tiny-llama, tiny-bloom) or of repeated random segments
 (copy-llama), one evaluation. `{command}` installs each tool in an environment of its own, quantizes
 there, and measures here the float weights that the codes of each stand for, with inputs rounded
-where the scheme rounds them, so that no kernel matters. Written by it
-(benchmarks/slim-ptq/peers/); {machine}.
+where the scheme rounds them, so that no kernel matters (benchmarks/slim-ptq/peers/, which writes
+this page; {machine}).
 
 *Bits* are those of a weight with its share of a 16-bit scale and of the zero point (as many bits as
 a weight, 16 where a tool keeps fractions). *Divergence* is the mean Kullback-Leibler divergence
 from the predictions of the float model, in thousandths of a nat a token: it does not reward a
 model for errors that happen to suit the text, and varies far less between seeds than perplexity.
-± is the standard deviation between seeds, left out where there is one. Schemes of 3 bits have no
-format; their weights are put into the model. The defaults of our methods were chosen on other text
-(see [methods](../../../docs/methods.md)).
+± is the standard deviation between seeds, left out where there is one. *Seconds* are those of the
+whole call, the least of the seeds. Schemes of 3 bits have no format; their weights are put into the
+model. The defaults of our methods were chosen on other text (see
+[methods](../../../docs/methods.md)).
 """
 
 
@@ -40,31 +41,59 @@ class Entry:
     bits: float
     perplexity: tuple[float, ...]
     divergence: tuple[float, ...]
+    seconds: float
 
 
-def page(result: dict[str, Any]) -> str:
-    """Return the page as Markdown."""
+def page(result: dict[str, Any], speed: dict[str, Any] | None = None) -> str:
+    """Return the page as Markdown.
+
+    Parameters
+    ----------
+    speed : dict, optional
+        What ``speed.py`` has saved.
+    """
     machine = result["machine"]
     where = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}"
     lines = [HEAD.format(command=result["command"], machine=where)]
     groups = entries(result["rows"])
     lines += ["## Verdicts", "", *verdicts(groups), ""]
+    lines += [] if speed is None else speed_table(speed)
     for (model, scheme), found in groups.items():
         lines += [
             f"## {model}, {scheme} (float: {result['float'][model]:.3f})",
             "",
-            "| tool | method | bits | perplexity | divergence |",
-            "|---|---|---|---|---|",
+            "| tool | method | bits | perplexity | divergence | seconds |",
+            "|---|---|---|---|---|---|",
         ]
         best = min(_mean(entry.divergence) for entry in found)
         for entry in sorted(found, key=lambda entry: _mean(entry.divergence)):
             mark = "**" if _mean(entry.divergence) == best else ""
             lines.append(
                 f"| {mark}{entry.tool}{mark} | {entry.method} | {entry.bits:.2f} "
-                f"| {_spread(entry.perplexity, 3)} | {_spread(entry.divergence, 2)} |"
+                f"| {_spread(entry.perplexity, 3)} | {_spread(entry.divergence, 2)} "
+                f"| {entry.seconds:.1f} |"
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def speed_table(speed: dict[str, Any]) -> list[str]:
+    """Return the section on speed."""
+    calls = " x ".join(str(number) for number in speed["calibration"])
+    return [
+        "## Speed",
+        "",
+        f"{speed['question'].capitalize()} ({speed['model']}; {calls} tokens; {speed['threads']}",
+        f"threads; `{speed['command']}`):",
+        "",
+        "| method | tool | seconds a million weights |",
+        "|---|---|---|",
+        *(
+            f"| {row['method']} | {row['tool']} | {row['seconds_per_million']} |"
+            for row in sorted(speed["rows"], key=lambda row: (row["method"], row["seconds"]))
+        ),
+        "",
+    ]
 
 
 def entries(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[Entry]]:
@@ -76,7 +105,10 @@ def entries(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[Entry]]:
     for (model, scheme, tool, method), found in seeds.items():
         perplexity = tuple(row["perplexity"] for row in found)
         divergence = tuple(row["divergence"] for row in found)
-        groups[model, scheme].append(Entry(tool, method, found[0]["bits"], perplexity, divergence))
+        seconds = min(row["seconds"] for row in found)
+        groups[model, scheme].append(
+            Entry(tool, method, found[0]["bits"], perplexity, divergence, seconds)
+        )
     return {key: found for key, found in groups.items() if any(e.tool != OURS for e in found)}
 
 

@@ -30,7 +30,7 @@ from ours import quantized
 from page import PAGE, page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _common import machine, save
+from _common import RESULTS, machine, save
 
 COMMAND = "nox -s bench-peers"
 
@@ -108,7 +108,9 @@ def report(work: Path, known: _Known) -> None:
     }
     save("peers", COMMAND, result)
     record = {"command": COMMAND, "machine": machine(), **result}
-    PAGE.write_text(page(record), encoding="utf-8")
+    timed = RESULTS / "peers_speed.json"
+    speed = json.loads(timed.read_text()) if timed.exists() else None
+    PAGE.write_text(page(record, speed), encoding="utf-8")
 
 
 def _measured(work: Path, tool: str, case: dict[str, Any], judge: Judge) -> dict[str, Any] | None:

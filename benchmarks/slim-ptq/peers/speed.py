@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _common import save, write_llama
 
-COMMAND = "nox -s bench-peers-speed"
+COMMAND = "nox -s bench-peers"
 HIDDEN, INTER, LAYERS = 2048, 4096, 1
 ROWS, LENGTH = 8, 256
 GROUPED = Scheme("w4a16_g128", 4, 128)
