@@ -92,7 +92,8 @@ def block_weights(network: Any) -> int:
     return sum(p.size for name, p in parameters if ".attention." in name or ".feed_" in name)
 
 
-def run(windows: int, samples: int, output: Path) -> dict[str, Any]:
+def run(windows: int, samples: int, output: Path) -> None:
+    """Measure every case and write the results after each."""
     tokenizer = load_tokenizer(MODEL)
     text = UNSEEN if UNSEEN.is_file() else ROOT / "examples" / "eval.txt"
     ids = np.asarray(tokenizer.encode(text.read_text(encoding="utf-8")).ids, np.int32)
@@ -165,7 +166,6 @@ def run(windows: int, samples: int, output: Path) -> dict[str, Any]:
             small = low_rank(case, encoded[:LOW_RANK_SAMPLES])
             share = round(block_weights(small) / block_weights(network), 4)
             keep(f"low rank, {case}", measure(small) | {"weights_kept": share})
-    return result
 
 
 def size(path: Path) -> int:
