@@ -124,10 +124,17 @@ def write_models(work: Path) -> None:
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(
             work / name
         )
-        for file in source.glob("token*"):
-            shutil.copy(file, work / name)
+        copy_tokenizer(work / name)
         for seed in SEEDS:
             save_file({"ids": calibration(name, seed)}, calibration_file(work, name, seed))
+
+
+def copy_tokenizer(directory: Path) -> None:
+    """Give a model a tokenizer, which some tools ask for although they are given token ids."""
+    own = EXAMPLES / directory.name / "tokenizer.json"
+    source = own.parent if own.exists() else EXAMPLES / "tiny-llama"
+    for file in source.glob("token*"):
+        shutil.copy(file, directory)
 
 
 def calibration_file(work: Path, model: str, seed: int) -> Path:

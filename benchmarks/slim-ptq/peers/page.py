@@ -15,11 +15,11 @@ HEAD = """# Against other tools, at equal bits
 
 Perplexity after quantization with slim-ptq and with the tools that others use: the same float32
 models of `examples/`, the same calibration tokens (24 windows of 256, drawn anew for each seed),
-the same 20 windows of 512 tokens of `eval.txt` (tiny-llama, tiny-bloom) or of repeated random segments
-(copy-llama), one evaluation. `{command}` installs each tool in an environment of its own, quantizes
-there, and measures here the float weights that the codes of each stand for, with inputs rounded
-where the scheme rounds them, so that no kernel matters (benchmarks/slim-ptq/peers/, which writes
-this page; {machine}).
+the same 20 windows of 512 tokens of `eval.txt` (tiny-llama, tiny-bloom) or of repeated random
+segments (copy-llama), one evaluation. `{command}` installs each tool in an environment of its
+own, quantizes there, and measures here the float weights that the codes of each stand for, with
+inputs rounded where the scheme rounds them, so that no kernel matters
+(benchmarks/slim-ptq/peers/, which writes this page; {machine}).
 
 *Bits* are those of a weight with its share of a 16-bit scale and of the zero point (as many bits as
 a weight, 16 where a tool keeps fractions). *Divergence* is the mean Kullback-Leibler divergence

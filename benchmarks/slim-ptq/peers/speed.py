@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import OURS, SCHEMES, TOOLS, Scheme, calibration_file
+from cases import OURS, SCHEMES, TOOLS, Scheme, calibration_file, copy_tokenizer
 from ours import quantized
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -44,6 +44,7 @@ def prepare(work: Path) -> None:
     model, ids = folder / "model", folder / "ids.safetensors"
     if not model.exists():
         write_llama(model, layers=LAYERS, hidden=HIDDEN, inter=INTER)
+        copy_tokenizer(model)
         generator = torch.Generator().manual_seed(0)
         save_file({"ids": torch.randint(2, 2048, (ROWS, LENGTH), generator=generator)}, ids)
     small = work / "tiny-llama", calibration_file(work, "tiny-llama", 0), SCHEMES["w4a16_g32_asym"]
