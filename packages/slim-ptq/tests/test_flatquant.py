@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from slim_core.dtypes import INT4
 from slim_core.errors import InvalidValueError, PlanError
 from slim_core.kronecker import kronecker_pair, restore_weight, transform_input
+from slim_core.progress import writing_events
 from slim_core.quantized import QuantizedCheckpoint
 from slim_core.recipe import Recipe
 from slim_core.scheme import Granularity, QuantScheme, TensorScheme
@@ -22,7 +25,7 @@ from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
 from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.flatquant import linear as training
-from slim_ptq.flatquant import train_model
+from slim_ptq.flatquant import train_block, train_model
 from slim_ptq.flatquant.linear import SharedInput, TrainedLinear
 from slim_ptq.flatquant.transform import Factor, cayley
 from slim_ptq.methods import FlatQuant, LayerInputs
@@ -31,7 +34,7 @@ from slim_ptq.parallel import Team
 from slim_ptq.pipeline import check_alone
 from slim_ptq.prepare import prepare
 
-SCHEME = "w4a4_flatquant_dynamic"
+SCHEME, MX = "w4a4_flatquant_dynamic", "w4a4_mxfp4_flatquant"
 WEIGHT, INPUT = (
     TensorScheme(INT4, Granularity.PER_CHANNEL),
     TensorScheme(INT4, Granularity.PER_TOKEN),
@@ -164,6 +167,122 @@ def test_identities_are_plain_w4a4(saved_model: Callable[..., Path], tmp_path: P
     )
 
 
+@pytest.mark.parametrize("scheme", [SCHEME, MX])
+def test_training_stops_early_and_is_never_worse_than_plain(
+    saved_model: Callable[..., Path], scheme: str
+) -> None:
+    model = load_model(saved_model("llama"))
+    names = linears(model)
+    kinds = dict.fromkeys(names, QuantScheme.parse(scheme))
+    for lr, most in ((1e-8, 4), (1.0, 40)):  # nothing to gain; far too much
+        learned = train_model(
+            model, samples(), dict.fromkeys(names, FlatQuant(epochs=50, lr=lr)), kinds
+        )
+        for seen in learned.values():
+            assert seen.learned is not None
+            assert seen.learned.epochs <= most
+            assert seen.learned.loss_after <= seen.learned.loss_before
+
+
+def test_the_progress_of_blocks_and_epochs_is_shown(
+    saved_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = load_model(saved_model("llama"))
+    with writing_events(tmp_path / "events.jsonl"):
+        train(model)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    stages = [(event["stage"], event["done"], event["total"]) for event in events]
+    assert stages == [
+        *(("Training model.layers.0", done, 2) for done in (1, 2)),
+        ("Training blocks", 1, 2),
+        *(("Training model.layers.1", done, 2) for done in (1, 2)),
+        ("Training blocks", 2, 2),
+    ]
+
+
+def test_one_block_is_in_memory(
+    saved_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a block is trained, the other blocks have no weights."""
+    seen: list[tuple[str, float]] = []
+
+    def measured(name: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = {id(parameter) for parameter in block.parameters()}
+        parameters = [found for found in gc.get_objects() if type(found) is nn.Parameter]
+        others = [p for p in parameters if id(p) not in own and not p.is_meta and p.ndim == 2]
+        seen.append((name, sum(p.numel() for p in others)))
+        return train_block(name, block, *args, **kwargs)
+
+    monkeypatch.setattr("slim_ptq.pipeline.blockwise.train_block", measured)
+    gc.collect()
+    before = sum(p.numel() for p in gc.get_objects() if type(p) is nn.Parameter and p.ndim == 2)
+    run(saved_model("llama"), tmp_path / "out")
+    assert [name for name, _ in seen] == ["model.layers.0", "model.layers.1"]
+    block = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
+    assert all(size < before + block / 2 for _, size in seen)
+
+
+def test_experts_are_trained(saved_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved_model("qwen3_moe")
+    report = run(source, tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out").sound
+    experts = [layer for layer in report.quantized if ".experts." in layer.name]
+    assert len(experts) == 2 * 8 * 3
+    assert all("block error" in layer.notes[-1] for layer in experts)
+    stored = QuantizedCheckpoint(tmp_path / "out")
+    inside = "model.layers.1.mlp.experts"
+    gate, up, other = (
+        stored.layer(f"{inside}.{name}").extras["left_trans"]
+        for name in ("0.gate_proj", "0.up_proj", "1.gate_proj")
+    )
+    assert (gate == up).all()  # they read one tensor
+    assert (gate != other).any()
+    quantize(source, tmp_path / "plain", scheme="w4a4_dynamic")
+    assert error_of(tmp_path / "out", source) < 0.95 * error_of(tmp_path / "plain", source)
+
+
+def test_experts_without_tokens_keep_identities(
+    saved_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = Recipe.build(scheme=SCHEME, method=SHORT)
+    few = TokenWindows((torch.tensor([[5, 6]]),), "two tokens")
+    quantize(saved_model("qwen3_moe"), tmp_path / "out", recipe=recipe, calibration=few)
+    stored = QuantizedCheckpoint(tmp_path / "out")
+    left = [
+        stored.layer(name).extras["left_trans"] for name in stored.layers if ".experts." in name
+    ]
+    plain = [bool((matrix == torch.eye(len(matrix)).numpy()).all()) for matrix in left]
+    assert any(plain)
+    assert not all(plain)
+    assert verify_checkpoint(tmp_path / "out").sound
+
+
+def test_models_in_bfloat16(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slim_ptq.calibrator.make_method", lambda spec: FlatQuant(epochs=2))
+
+    def made() -> Any:
+        return tiny_model("llama", dtype=torch.bfloat16)
+
+    made().save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out")
+    quantize(tmp_path / "in", tmp_path / "plain", scheme="w4a4_dynamic")
+    assert verify_checkpoint(tmp_path / "out").sound
+    assert error_of(tmp_path / "out", tmp_path / "in") < 0.95 * error_of(
+        tmp_path / "plain", tmp_path / "in"
+    )
+    exact = logits(made()).float()
+    distances = []
+    for data in (samples(), None):  # in memory, trained and with identities
+        model = made()
+        config = QuantConfig(w_bit=4, a_bit=4, is_dynamic=True, mm_tensor=False)
+        Calibrator(model, config, calib_data=data).run()
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        distances.append(float(torch.dist(logits(model).float(), exact)))
+    assert distances[0] < 0.95 * distances[1]
+
+
 # --- whole runs -----------------------------------------------------------------------------------
 
 
@@ -220,6 +339,10 @@ def test_classic_without_samples_has_identities(saved_model: Callable[..., Path]
     Calibrator(model, config).run()
     left = model.get_submodule(GROUP[0]).get_buffer("left_trans")
     assert torch.equal(left, torch.eye(len(left)))
+
+
+def error_of(quantized: Path, source: Path) -> float:
+    return float(torch.dist(logits(load_model(quantized)), logits(load_model(source))))
 
 
 # --- refusals -------------------------------------------------------------------------------------
