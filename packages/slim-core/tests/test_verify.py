@@ -14,10 +14,12 @@ from safetensors.numpy import load_file, save_file
 from slim_core.errors import CheckpointError
 from slim_core.export import CheckpointExport
 from slim_core.formats import FORMATS
+from slim_core.kronecker import identity_transforms
 from slim_core.layers import QuantizedLinear
 from slim_core.numerics import quantize_weight, weight_params
 from slim_core.scheme import QuantScheme
 from slim_core.verify import verify_checkpoint
+from slim_core.verify_layer import layer_problems
 
 BASE = "model.layers.0"
 Q = f"{BASE}.self_attn.q_proj"
@@ -134,6 +136,33 @@ def test_layers_of_one_matrix_with_other_input_parameters(sound: Path) -> None:
     assert problem == (
         f"the layers of {BASE}.self_attn.qkv have different input_scale, input_offset or transforms"
     )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "says"),
+    [
+        ("w4a4_flatquant_dynamic", {"clip_ratio": [0.5]}, None),
+        ("w4a4_flatquant_dynamic", {"clip_ratio": [0.0]}, "clip_ratio must be above 0"),
+        ("w4a4_flatquant_dynamic", {"clip_ratio": [1.5]}, "at most 1, not 1.5"),
+        ("w4a4_flatquant_dynamic", {"left_trans": np.ones((8, 8))}, "left_trans has no inverse"),
+        ("w4a4_mxfp4_flatquant", {}, None),
+        ("w4a4_mxfp4_flatquant", {"clip_ratio": [0.5]}, "clip_ratio must be 1, since scales"),
+    ],
+)
+def test_transforms(scheme: str, changes: dict[str, Any], says: str | None) -> None:
+    parsed = QuantScheme.parse(scheme)
+    assert parsed.weight is not None
+    weight = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    scale, offset = weight_params(weight, parsed.weight)
+    codes = quantize_weight(weight, scale, offset, parsed.weight)
+    extras = identity_transforms(64, scale) | {
+        name: np.asarray(value, np.float32) for name, value in changes.items()
+    }
+    made = QuantizedLinear("a.q_proj", parsed, codes, scale, offset, extras=extras)
+    tensors = FORMATS["ascend_v1"].encode(made)
+    found = list(layer_problems(made, tensors))
+    assert len(found) == (says is not None)
+    assert all((says or "") in problem for problem in found)
 
 
 def test_experts_of_unlike_type(sound: Path) -> None:
