@@ -142,7 +142,7 @@ class BlockSmoother:
 
     def save_state(self) -> list[str]:
         """Return JSON values for :meth:`load_state`."""
-        return self._added
+        return list(self._added)  # what is returned is written while the next block is smoothed
 
     def load_state(self, state: list[str]) -> None:
         """Go on after the blocks of an interrupted run."""
