@@ -10,19 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from slim_core.errors import InvalidValueError, PlanError
+from slim_core.groups import group_by
 from slim_core.quantized import QuantizedCheckpoint
+from slim_core.recipe import Recipe
+from slim_core.scheme import KNOWN_SCHEMES
 from slim_core.tables import NF4
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
 from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.dequantizing import dequantize
 from slim_ptq.mixed import resolve_mix, with_model_default
+from slim_ptq.prepare import prepare
 
 Factory = Callable[..., Any]
 
+FLAT = "w4a4_flatquant_dynamic"
 P, D = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 GROUPED = {"is_lowbit": True, "open_outlier": False, "group_size": 32}
 # type -> scheme of a recipe, parameters of QuantConfig
@@ -353,6 +359,61 @@ def test_odd_sizes_are_known_before_any_work(saved_model: Factory, tmp_path: Pat
         ):
             quantize(source, tmp_path / "out", scheme=scheme)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme", [name for name in KNOWN_SCHEMES if name != "float"])
+def test_what_engines_run_as_one_shares_its_type_in_every_scheme(
+    saved_model: Factory, tmp_path: Path, scheme: str
+) -> None:
+    """Said by the plan where a rule would tear layers apart, and by `verify` of the files."""
+    sizes = {"moe_intermediate_size": 256, "hidden_size": 256, "head_dim": 64}
+    source = saved_model("qwen3_moe", num_experts=4, num_hidden_layers=1, **sizes)
+    attention, experts = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
+    other = "w8a8_dynamic" if scheme == "w8a16" else "w8a16"
+    for name, group in (
+        (f"{attention}.k_proj", f"{attention}.qkv"),
+        (f"{experts}.2.up_proj", experts),
+        (f"{experts}.0.down_proj", experts),
+    ):
+        recipe = Recipe.build(scheme=scheme, rules=[{"match": name, "scheme": other}])
+        with pytest.raises(PlanError, match=f"{group} is run as one matrix"):
+            prepare(source, recipe=recipe, plan_only=True)
+    recipe = Recipe.build(scheme=scheme, exclude=[f"{attention}.q_proj"])
+    with pytest.raises(PlanError, match="qkv is run as one matrix"):
+        prepare(source, recipe=recipe, plan_only=True)
+    plan = prepare(source, scheme=scheme, plan_only=True).plan
+    for members in group_by(plan.quantized).values():
+        assert len({plan.quantized[name].scheme for name in members}) == 1
+    assert len(group_by(plan.quantized)) == 3  # qkv, the output projection, the experts
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_mix", "w8a8s", FLAT, "w4a4_mxfp4_flatquant"])
+def test_what_engines_run_as_one_shares_its_input_in_every_scheme(
+    saved_model: Factory, tiny_ids: Factory, tmp_path: Path, scheme: str
+) -> None:
+    """Ranges and transforms are equal bit for bit, and `verify` sees it where they are not."""
+    data = TokenWindows((tiny_ids(16, batch=2),), "ids")
+    method = {"name": "flatquant", "epochs": 1} if "flatquant" in scheme else None
+    recipe = Recipe.build(scheme=scheme, method=method)
+    quantize(saved_model("llama"), tmp_path / "out", recipe=recipe, calibration=data)
+    stored = QuantizedCheckpoint(tmp_path / "out")
+    keys = ("input_scale", "input_offset", "left_trans", "right_trans", "clip_ratio")
+    shared = [set(keys) & stored.tensors_of(name).keys() for name in stored.layers]
+    assert all(shared)
+    for members in group_by(stored.layers, "input").values():
+        for key in shared[0]:
+            assert len({stored.tensors_of(name)[key].tobytes() for name in members}) == 1
+
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    name = f"{P}.{'left_trans' if method else 'input_offset'}"
+    tensors[name] = tensors[name] + 1
+    file.chmod(0o600)
+    save_file(tensors, file)
+    assert any(
+        "self_attn.qkv have different" in problem
+        for problem in verify_checkpoint(tmp_path / "out").problems
+    )
 
 
 def test_experts_of_a_layer_share_a_type(saved_model: Factory, tmp_path: Path) -> None:
