@@ -10,26 +10,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-# Writes W8A8S as a script for the classic interface does.
-SPARSE = """\
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from slim_ptq import Calibrator, QuantConfig
-
-source, calib, target, options = sys.argv[1:]
-torch.manual_seed(0)
-tokenizer = AutoTokenizer.from_pretrained(source)
-model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-rows = [json.loads(line)["text"] for line in open(calib)][:4]
-samples = [tokenizer(row, return_tensors="pt") for row in rows]
-data = [[sample["input_ids"][:, :128], sample["attention_mask"][:, :128]] for sample in samples]
-config = QuantConfig(4, 8, mm_tensor=False, fraction=0.01, **json.loads(options))
-calibrator = Calibrator(model, config, calib_data=data)
-calibrator.run()
-calibrator.save(target, save_type=["safe_tensor"])
-"""
-
 
 def read(directory: Path) -> dict[str, np.ndarray]:
     """Return all tensors of a directory; bfloat16 ones as their bits."""
@@ -43,14 +23,15 @@ def read(directory: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-bloom"])
-@pytest.mark.parametrize("options", [{"is_lowbit": True}, {"co_sparse": True}], ids=str)
+@pytest.mark.parametrize("scope", ["row", "tensor"])  # lowbit and co_sparse
 def test_sparse_weights_come_back(
-    model: str, options: dict[str, bool], examples: Path, run: Any, tmp_path: Path
+    model: str, scope: str, examples: Path, run: Any, tmp_path: Path
 ) -> None:
     raw, small, back = (tmp_path / name for name in ("raw", "small", "back"))
-    script = tmp_path / "sparse.py"
-    script.write_text(SPARSE)
-    run("python", script, examples / model, examples / "calib.jsonl", raw, json.dumps(options))
+    recipe = tmp_path / "sparse.yaml"
+    recipe.write_text(f"scheme: w8a8s\nmethod: {{name: sparse, fraction: 0.01, scope: {scope}}}\n")
+    calib = ("--calib", examples / "calib.jsonl", "--samples", 4)
+    run("slim-ptq", "quantize", examples / model, raw, "--recipe", recipe, *calib)
     original = read(raw)
     types = json.loads(next(raw.glob("quant_model_description*.json")).read_text())
     sparse = [n for n, kind in types.items() if kind == "W8A8S" and n.endswith(".weight")]

@@ -7,7 +7,18 @@ from slim_compress import nd_to_nz, nz_to_nd
 from slim_compress.layout import round_up
 from slim_core.layouts import nd_to_nz as reference
 
-SHAPES = [(1, 1), (1, 33), (15, 31), (16, 32), (17, 33), (129, 257), (1, 1003), (1003, 1)]
+SHAPES = [
+    (1, 1),
+    (1, 33),
+    (15, 31),
+    (16, 32),
+    (17, 33),
+    (127, 255),
+    (128, 256),
+    (129, 257),
+    (1, 100003),
+    (100003, 1),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
