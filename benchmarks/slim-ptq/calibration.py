@@ -20,6 +20,7 @@ from slim_ptq.pipeline.blocks import BlockRunner
 
 COMMAND = "nox -s bench-slim-ptq"
 SAMPLES, LENGTH = 32, 512  # the defaults of the command
+REPEATS = 2
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     data = TokenWindows(windows(ids, SAMPLES, LENGTH, 4), "random ids")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        nbytes = write_llama(root / "model", layers=2, hidden=1024, inter=2816)
+        nbytes = write_llama(root / "model", layers=2, hidden=2048, inter=5632)
         model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
 
         def whole_model() -> None:
@@ -52,17 +53,22 @@ def main() -> None:
             quantize(root / "model", target, recipe=recipe, calibration=data, overwrite=True)
 
         seconds = {
-            "bare forward passes": best_of(whole_model),
-            "forward passes block by block, read from disk": best_of(blockwise),
-            "quantize w8a8, mean_minmax, all included": best_of(lambda: quantized("mean_minmax")),
-            "quantize w8a8, histogram, all included": best_of(lambda: quantized("histogram")),
+            "bare forward passes": best_of(whole_model, REPEATS),
+            "forward passes block by block, read from disk": best_of(blockwise, REPEATS),
+            "quantize w8a8, mean_minmax, all included": best_of(
+                lambda: quantized("mean_minmax"), REPEATS
+            ),
+            "quantize w8a8, histogram, all included": best_of(
+                lambda: quantized("histogram"), REPEATS
+            ),
         }
     bare = seconds["bare forward passes"]
     save(
         "calibration",
         COMMAND,
         {
-            "question": f"time against bare forwards, {SAMPLES} x {LENGTH} tokens, best of 3",
+            "question": f"time against bare forwards, {SAMPLES} x {LENGTH} tokens, of {REPEATS}",
+            "threads": torch.get_num_threads(),
             "model_gigabytes": nbytes / 1e9,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "ratio_to_bare": {name: round(value / bare, 3) for name, value in seconds.items()},
