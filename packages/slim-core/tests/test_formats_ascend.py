@@ -277,6 +277,7 @@ def test_description_keys():
         "optional": {},
     }
     assert plain.description("W8A16", 128) == {"model_quant_type": "W8A16"}
+    assert v1.description("W4A4_MXFP4_FLATQUANT", 32)["max_supported_tp"] == 1
 
 
 def test_formats_by_name():
