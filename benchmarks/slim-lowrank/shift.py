@@ -25,7 +25,7 @@ SHARES = (0.8, 0.6)
 BOOKS = SHARED / "data" / "public_domain_test.txt"
 ARTICLES = SHARED / "data" / "wikitext2_test.txt"
 WAYS: dict[str, dict[str, Any]] = {
-    "whitening, shrinkage 1e-4": {"shrinkage": 1e-4},
+    "whitening": {"shrinkage": 1e-4},
     "whitening, shrinkage auto": {},
 }
 

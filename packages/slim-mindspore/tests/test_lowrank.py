@@ -42,7 +42,7 @@ def sample():
 @pytest.fixture(scope="module")
 def batches():
     random = np.random.default_rng(0)
-    return [[ms.Tensor(random.integers(0, 16, (8, 5, 5)).astype(np.int32))] for _ in range(6)]
+    return [[ms.Tensor(random.integers(0, 16, (64, 5, 5)).astype(np.int32))] for _ in range(6)]
 
 
 def test_ranks_of_the_reference(sample):
@@ -77,7 +77,7 @@ def test_structure_and_names(sample, batches):
     for part in ("feature.0.0.weight", "feature.0.2.bias", "inner.0.weight", "inner.1.bias"):
         assert part in names
     assert "inner.weight" not in names
-    assert network(*batches[0]).shape == (8, 10)
+    assert network(*batches[0]).shape == (64, 10)
 
 
 def test_count_with_rank_16_everywhere(sample):
@@ -313,6 +313,11 @@ def test_bad_arguments(sample, batches):
         ready.decompose_network(datasets=[3])
     with pytest.raises(CalibrationError, match="hold no batch"):
         ready.decompose_network(datasets=[])
+    with pytest.raises(CalibrationError, match="'inner' saw 64 positions, too few for rank 192"):
+        ready.decompose_network(datasets=batches[:1])
+    with pytest.raises(CalibrationError, match="saw 64 positions, too few for rank 64"):
+        ready.from_budget(0.5, batches[:1], excludes=["embedding.1"])
+    ready.from_ratio(0.5)
     with pytest.raises(InvalidTypeError, match="network must be Cell"):
         count_parameters(3)
     with pytest.raises(InvalidValueError, match="share must lie strictly between 0 and 1"):

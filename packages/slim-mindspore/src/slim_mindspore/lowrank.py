@@ -171,7 +171,8 @@ class Decompose(DecomposeBase):
         InvalidValueError
             No ``from_...`` method ran yet, ``max_iter`` is below -1, or the ranks do not fit.
         CalibrationError
-            There are no batches, or they do not reach a cell.
+            There are no batches, they do not reach a cell, or it saw too few positions for its
+            rank.
         """
         config = self._check_call(do_decompose_weight, max_iter)
         cells = self._cells()
@@ -181,6 +182,9 @@ class Decompose(DecomposeBase):
                 name: cells[name] for name in config if not isinstance(cells[name], nn.Embedding)
             }
             seen = collect_moments(self.model, watched, datasets, max_iter)
+        for name, moments in seen.items():
+            if name in config:
+                moments.check_rank(max(np.atleast_1d(config[name])))
         for name, ranks in config.items():
             new = _replacement(name, cells[name], ranks, do_decompose_weight, seen.get(name))
             new.set_train(cells[name].training)
@@ -215,6 +219,7 @@ def _weight(cell: Any) -> np.ndarray:
 
 def _options(name: str, cell: Any, seen: LayerMoments, divisor: int) -> list[Option]:
     """Return what a linear cell can become: every rank of the grid that pays, and dense."""
+    seen.check_rank(divisor)
     weight = weight_of(cell)
     rows, columns = weight.shape
     has_bias = bias_of(cell) is not None

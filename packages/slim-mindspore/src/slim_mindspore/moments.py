@@ -78,6 +78,20 @@ class LayerMoments:
         """Mean input, shape (in,)."""
         return self.total / self.rows
 
+    def check_rank(self, rank: int) -> None:
+        """Require more positions than a rank, else the factors would know the data by heart.
+
+        Raises
+        ------
+        CalibrationError
+            Names the cell.
+        """
+        if self.rows <= rank:
+            raise CalibrationError(
+                f"layer {self.name!r} saw {self.rows} positions, too few for rank {rank}",
+                hint=f"calibrate with more than {rank} positions, better 4 per channel",
+            )
+
     def problem(self, weight: Array, *, centred: bool) -> MatrixProblem:
         """Return a weight, shape (out, in), in the metric of what was seen.
 
