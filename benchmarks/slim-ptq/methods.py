@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
     "ssz, weighted": {"name": "ssz", "weighted": True},
     "hqq": "hqq",
     "hqq, float offset": {"name": "hqq", "float_offset": True},
+    "hqq, norm and beta of the paper": {"name": "hqq", "norm": 0.7, "beta": 10.0},
     "gptq as in the paper": {
         "name": "gptq",
         "order": "natural",

@@ -4,7 +4,7 @@ Each tool quantizes in an environment of its own (``worker.py``), from the same 
 and leaves float weights; what is here measures all of them, and slim-ptq, on the same windows.
 
     python run.py cases WORK     write models, calibration tokens and cases
-    python run.py measure WORK   measure what is there, and write the results and the page
+    python run.py measure WORK [MODEL ...]   measure what is there, and write results and page
     python run.py report WORK    write them from what was measured before
 """
 
@@ -44,10 +44,11 @@ def main() -> None:
         for tool in TOOLS:
             (work / f"{tool}.json").write_text(json.dumps(list(cases(tool, work)), indent=1))
     else:
-        known = _Known(work / "measured.json")
+        known = {model: _Known(work / f"measured-{model}.json") for model in MODELS}
         if step == "measure":
-            measure(work, known)
-        report(work, known)
+            for model in sys.argv[3:] or MODELS:
+                measure(work, model, known[model])
+        report(work, {name: row for part in known.values() for name, row in part.rows.items()})
 
 
 class _Known:
@@ -64,29 +65,25 @@ class _Known:
         print(name, row, flush=True)
 
 
-def measure(work: Path, known: _Known) -> None:
-    """Measure all cases that are not known yet, the first seed of all first."""
-    judges: dict[str, Judge] = {}
-    todo = [(case["seed"], tool, case) for tool in (*TOOLS, OURS) for case in cases(tool, work)]
-    for _, tool, case in sorted(todo, key=lambda item: item[0]):
-        model = Path(case["model"]).name
-        if case["name"] not in known.rows:
-            judge = judges.get(model) or judges.setdefault(model, Judge(work, model))
+def measure(work: Path, model: str, known: _Known) -> None:
+    """Measure all cases of a model that are not known yet, the first seed of all first."""
+    judge = Judge(work, model)
+    known.add(model, {"perplexity": judge.float_perplexity()})
+    todo = [(tool, case) for tool in (*TOOLS, OURS) for case in cases(tool, work)]
+    for tool, case in sorted(todo, key=lambda item: item[1]["seed"]):
+        name = case["name"]
+        if Path(case["model"]).name == model and name not in known.rows:
             found = _measured(work, tool, case, judge)
             if found is not None:
-                known.add(case["name"], found)
-    for model in MODELS:
-        if model not in known.rows:
-            judge = judges.get(model) or Judge(work, model)
-            known.add(model, {"perplexity": judge.float_perplexity()})
+                known.add(name, found)
 
 
-def report(work: Path, known: _Known) -> None:
+def report(work: Path, known: dict[str, Any]) -> None:
     """Write the results and the page."""
     rows = []
     for tool in (OURS, *TOOLS):
         for case in cases(tool, work):
-            if case["name"] not in known.rows:
+            if case["name"] not in known:
                 continue
             model, scheme = Path(case["model"]).name, _scheme_of(case)
             bits = bits_per_weight(work / model, tool, case["method"], scheme)
@@ -98,12 +95,12 @@ def report(work: Path, known: _Known) -> None:
                     "method": case["method"],
                     "seed": case["seed"],
                     "bits": round(bits, 3),
-                    **known.rows[case["name"]],
+                    **known[case["name"]],
                 }
             )
     result = {
         "question": "perplexity on the same windows after quantization on the same tokens",
-        "float": {name: known.rows[name]["perplexity"] for name in MODELS if name in known.rows},
+        "float": {name: known[name]["perplexity"] for name in MODELS if name in known},
         "rows": rows,
     }
     save("peers", COMMAND, result)

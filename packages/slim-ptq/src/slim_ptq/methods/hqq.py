@@ -32,9 +32,10 @@ class HQQ(NearestMethod):
     Parameters
     ----------
     norm : float
-        The exponent p, in (0, 1].
+        The exponent p, in (0, 1].  The paper has 0.7, under which held-out text is predicted worse.
     beta, growth : float
-        Weight of the splitting and its factor a step; at least 1e-3 and 1.
+        Weight of the splitting and its factor a step; at least 1e-3 and 1.  The paper has 10 for
+        residuals as they are, which forgives next to none; here they count in steps of the grid.
     iterations : int
         At most so many steps, in [0, 1000].
     float_offset : bool
@@ -49,8 +50,8 @@ class HQQ(NearestMethod):
 
     name: ClassVar[str] = "hqq"
 
-    norm: float = 0.7
-    beta: float = 10.0
+    norm: float = 1.0
+    beta: float = 1.0
     growth: float = 1.01
     iterations: int = 20
     float_offset: bool = False
@@ -70,6 +71,11 @@ class HQQ(NearestMethod):
     def fit(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> Grid:
         """Return the grid with the least objective that was met."""
         best, lowest = grid, self.objective(weight, grid)
+        if self._is_free(grid):
+            grid = self._between_extremes(weight, grid)
+            objective = self.objective(weight, grid)
+            better = objective < lowest
+            best, lowest = best.where(better, grid), torch.where(better, objective, lowest)
         grid, beta = best, self.beta
         for _ in range(self.iterations):
             grid = self._step(weight, grid, beta)
@@ -80,6 +86,23 @@ class HQQ(NearestMethod):
             best, lowest = best.where(better, grid), torch.where(better, objective, lowest)
             beta *= self.growth
         return best
+
+    def _is_free(self, grid: Grid) -> bool:
+        """Whether zero points are fractions."""
+        return (
+            self.float_offset
+            and isinstance(grid.scheme.dtype, IntType)
+            and (not grid.scheme.symmetric)
+        )
+
+    @staticmethod
+    def _between_extremes(weight: torch.Tensor, grid: Grid) -> Grid:
+        """Return the grid whose ends are the extremes, as no whole zero point allows."""
+        low, high = weight.aminmax(dim=1, keepdim=True)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        dtype = grid.scheme.dtype
+        scale = ((high - low) / (dtype.max - dtype.min)).clamp(min=EPS)
+        return replace(grid, scale=scale, offset=dtype.min - low / scale)
 
     def _step(self, weight: torch.Tensor, grid: Grid, beta: float) -> Grid:
         codes = grid.codes(weight)
