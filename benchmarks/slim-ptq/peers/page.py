@@ -55,6 +55,7 @@ def page(result: dict[str, Any], speed: dict[str, Any] | None = None) -> str:
     machine = result["machine"]
     where = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}"
     lines = [HEAD.format(command=result["command"], machine=where)]
+    lines += [result["note"], ""] if result["note"] else []
     groups = entries(result["rows"])
     lines += ["## Verdicts", "", *verdicts(groups), ""]
     lines += [] if speed is None else speed_table(speed)
@@ -83,8 +84,9 @@ def speed_table(speed: dict[str, Any]) -> list[str]:
     return [
         "## Speed",
         "",
-        f"{speed['question'].capitalize()} ({speed['model']}; {calls} tokens; {speed['threads']}",
-        f"threads; `{speed['command']}`):",
+        f"{speed['question'].capitalize()}",
+        f"({speed['model']}; {calls} tokens; {speed['threads']} threads;",
+        f"`{speed['command']}`):",
         "",
         "| method | tool | seconds a million weights |",
         "|---|---|---|",

@@ -100,6 +100,7 @@ def report(work: Path, known: dict[str, Any]) -> None:
             )
     result = {
         "question": "perplexity on the same windows after quantization on the same tokens",
+        "note": note.read_text().strip() if (note := work / "note.txt").exists() else "",
         "float": {name: known[name]["perplexity"] for name in MODELS if name in known},
         "rows": rows,
     }

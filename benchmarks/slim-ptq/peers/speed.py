@@ -93,6 +93,9 @@ def results(work: Path) -> None:
     for tool, wanted in METHODS.items():
         for method in wanted if tool != OURS else ():
             file = folder / "out" / f"{tool}-large-{method}.safetensors"
+            if not file.exists():
+                print(f"{tool}: no {method}, see its .error file or the time it was given")
+                continue
             with safe_open(file, framework="pt") as stored:
                 seconds = float(stored.metadata()["seconds"])
             rows.append({"tool": tool, "method": method, "seconds": seconds})
