@@ -1,5 +1,7 @@
 """The layouts of GPTQ, AWQ and compressed-tensors, against loops over their published bits."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -176,6 +178,13 @@ def test_compressed_tensors_words():
 )
 def test_what_they_cannot_hold(form, scheme, shape, says):
     assert says in form.unsupported(QuantScheme.parse(scheme), shape)
+
+
+@pytest.mark.parametrize("form", [GPTQ, AWQ, CT])
+def test_fractional_zero_points_are_refused_not_rounded(form):
+    made = layer("w4a16_g32_asym")
+    with pytest.raises(FormatError, match=r"m\.q_proj has fractional zero points"):
+        form.encode(replace(made, weight_offset=made.weight_offset * 0 + 0.5))
 
 
 def test_configurations():

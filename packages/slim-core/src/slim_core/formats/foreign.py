@@ -64,7 +64,13 @@ def unsigned_parts(layer: QuantizedLinear, bits: int) -> tuple[np.ndarray, np.nd
     """
     half = 1 << (bits - 1)
     codes = to_numpy(layer.codes, np.int16) + half
-    zeros = np.rint(to_numpy(layer.weight_offset, np.float32)).astype(np.int16) + half
+    offset = to_numpy(layer.weight_offset, np.float32)
+    if (offset != np.rint(offset)).any():
+        raise FormatError(
+            f"{layer.name} has fractional zero points, and this format holds integers",
+            hint="method hqq makes them if float_offset is set",
+        )
+    zeros = offset.astype(np.int16) + half
     if zeros.min() < 0 or zeros.max() >= 2 * half:
         raise FormatError(f"{layer.name} has zero points that {bits} bits do not hold")
     return codes.astype(np.uint8), zeros.astype(np.uint8), to_numpy(layer.weight_scale, np.float32)
