@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from slim_core.dtypes import IntType
 from slim_core.errors import InvalidValueError, NumericalError
+from slim_core.method import MethodSpec
 from slim_core.scheme import Granularity, TensorScheme
 from slim_ptq import quantize
 from slim_ptq.calibration.text import TokenWindows
@@ -19,6 +20,7 @@ from slim_ptq.methods import LayerInputs, Parts
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.methods.grid import WeightGrid
 from slim_ptq.methods.minmax import MinMax
+from slim_ptq.pipeline import check_alone
 from slim_ptq.rounding import Start, train_rounding
 from slim_ptq.rounding.linear import RoundedLinear
 
@@ -155,17 +157,16 @@ def test_blocks_of_a_model_get_closer_than_with_gptq(
 
 
 def test_several_processes_are_refused() -> None:
-    from slim_core.method import MethodSpec
-    from slim_ptq.pipeline.blockwise import check_alone
-
     class Layer:
         method = MethodSpec("signround")
 
     class Plan:
-        quantized = {"a": Layer()}
+        quantized: ClassVar[dict[str, Any]] = {"a": Layer()}
 
     class Two:
         size = 2
 
+    plan: Any = Plan()
+    team: Any = Two()
     with pytest.raises(InvalidValueError, match="method signround trains each block in one"):
-        check_alone(Plan(), Two())  # type: ignore[arg-type]
+        check_alone(plan, team)

@@ -101,6 +101,7 @@ class HQQ(NearestMethod):
         low, high = weight.aminmax(dim=1, keepdim=True)
         low, high = low.clamp(max=0), high.clamp(min=0)
         dtype = grid.scheme.dtype
+        assert isinstance(dtype, IntType)  # narrowing: tables have no zero points
         scale = ((high - low) / (dtype.max - dtype.min)).clamp(min=EPS)
         return replace(grid, scale=scale, offset=dtype.min - low / scale)
 
