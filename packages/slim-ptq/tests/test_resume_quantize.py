@@ -88,7 +88,10 @@ def content(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("recipe", "limit"),  # GiB of hidden states in memory
-    [("w8a8", 0), ("w8a8", 4), ("everything", 0), ("attention", 4), ("gptq", 0), ("weights", 4)],
+    [
+        *(("w8a8", 0), ("w8a8", 4), ("everything", 0), ("attention", 4), ("gptq", 0)),
+        *(("signround", 0), ("signround", 4), ("weights", 4)),
+    ],
 )
 def test_interrupts_anywhere(
     source: Path,
