@@ -56,13 +56,13 @@ def editable(name: str, extras: str | None) -> list[str]:
 
 def install(session: nox.Session, *names: str, group: str, pins: tuple[str, ...] = ()) -> None:
     """Install packages and what they need in one resolution, so that none comes from an index."""
+    lines = [line for name in names for line in nox.project.dependency_groups(project(name), group)]
+    ours = [line for line in lines if Requirement(line).name in PACKAGES]
+    wanted = [line for line in lines if line not in ours]
     local = [
         argument
-        for name in local_closure(*names)
+        for name in local_closure(*names, *ours)
         for argument in editable(name, EXTRAS.get(name) if name in names else None)
-    ]
-    wanted = [
-        line for name in names for line in nox.project.dependency_groups(project(name), group)
     ]
     session.install("-c", "constraints.txt", *local, *wanted, *pins)
 
@@ -89,6 +89,12 @@ def tests_numpy1(session: nox.Session) -> None:
 def tests_transformers4(session: nox.Session) -> None:
     """Test slim-ptq under the oldest transformers that it supports."""
     run_tests(session, "slim-ptq", pins=("transformers==4.57.*",))
+
+
+@nox.session(name="tests-slim-ra-transformers4", tags=["tests"])
+def tests_ra_transformers4(session: nox.Session) -> None:
+    """Test slim-ra under the oldest transformers that it supports."""
+    run_tests(session, "slim-ra", pins=("transformers==4.57.*",))
 
 
 @nox.session

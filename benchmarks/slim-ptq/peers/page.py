@@ -27,8 +27,8 @@ from the predictions of the float model, in thousandths of a nat a token: it doe
 model for errors that happen to suit the text, and varies far less between seeds than perplexity.
 ± is the standard deviation between seeds, left out where there is one. *Seconds* are those of the
 whole call, the least of the seeds. Schemes of 3 bits have no format; their weights are put into the
-model. The defaults of our methods were chosen on other text (see
-[methods](../../../docs/methods.md)).
+model. How the defaults of our methods were chosen is told with the
+[methods](../../../docs/methods.md): those of `gptq` and `signround` on the text measured here.
 """
 
 
