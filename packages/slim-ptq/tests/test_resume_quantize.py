@@ -150,11 +150,13 @@ def test_interrupted_when_all_is_written(
 
 
 _KILLED = """
-import sys, time
+import os, signal, sys, time
 from slim_ptq.pipeline.blocks import BlockRunner
 loaded = BlockRunner.loaded
 def slow(self, index):
     time.sleep(0.15)
+    if str(index) == os.environ.get("INTERRUPTED_BEFORE_BLOCK"):
+        os.kill(os.getpid(), signal.SIGINT)
     return loaded(self, index)
 BlockRunner.loaded = slow
 from slim_ptq.cli import main
@@ -185,7 +187,9 @@ def test_a_killed_process(source: Path, calibration: Path, tmp_path: Path) -> No
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    assert process.returncode == 0
+    assert kills > 0
+    # The last kill can come when the output is complete and in its place.
+    assert process.returncode in (0, -signal.SIGKILL)
     run(source, tmp_path / "whole", calibration, "w8a8")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
@@ -252,13 +256,15 @@ def test_the_command_says_how_to_go_on(source: Path, calibration: Path, tmp_path
     command = [sys.executable, str(script), "--log-file", str(tmp_path / "log")]
     command += ["quantize", str(source), str(out), "--calib", str(calibration), "--length", "16"]
     command += ["--events", str(events)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    while process.poll() is None and not (partial_path(out) / ".journal.json").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130
-    assert "interrupted; the same command with --resume goes on" in error
+    stopped = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "INTERRUPTED_BEFORE_BLOCK": "2"},
+    )
+    assert stopped.returncode == 130
+    assert "interrupted; the same command with --resume goes on" in stopped.stderr
     done = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True)
     assert "written to" in done.stdout
     steps = [json.loads(line) for line in events.read_text().splitlines()]
