@@ -151,6 +151,7 @@ def test_interrupted_when_all_is_written(
 
 _KILLED = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background jobs
 from slim_ptq.pipeline.blocks import BlockRunner
 loaded = BlockRunner.loaded
 def slow(self, index):
