@@ -30,7 +30,8 @@ SCHEMES = (
     *("w8a16", "w8a16_g32", "w4a16", "w4a16_g32", "w4a16_g32_asym", "nf4"),
     *("w8a8", "w8a8_mix", "w8a8_dynamic", "w8a8s"),
     *("w4a8_dynamic", "w4a8_dynamic_g32", "w4a4_dynamic", "w4a4_flatquant_dynamic"),
-    *("w8a8_mxfp8", "w4a8_mxfp", "w4a4_mxfp4"),
+    *("w8a8fp8_dynamic", "w8a8_mxfp8", "w4a8_mxfp", "w4a16_mxfp4", "w4a4_mxfp4"),
+    "w4a4_mxfp4_flatquant",
 )
 OTHERS: dict[str, dict[str, Any]] = {
     "w8a8, smoothquant": {"scheme": "w8a8", "smooth": "smoothquant"},
@@ -136,11 +137,12 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Evidence: every scheme, method and format",
         "",
-        f"{result['question'].capitalize()};",
-        "calibration on examples/calib.jsonl (copy-llama: sequences of its kind), 16 windows",
-        "of 256.",
+        f"{result['question'].capitalize()};".replace("; of", ";\nof"),
+        "calibration on examples/calib.jsonl (copy-llama: sequences of its kind), 16 x 256 tokens.",
         f"Written by `{COMMAND}` (benchmarks/slim-ptq/matrix.py). Differences below about 0.1 are",
         "within the noise of so small models and text; the seconds are those of the whole run.",
+        "What a plan refuses by name is not in the table: learned rounding of types without integers,",
+        "or microscaling of tiny-llama, whose width of 352 holds no pairs of groups of 32.",
         "",
         "| model | scheme and method | perplexity | bytes | seconds |",
         "|---|---|---|---|---|",
