@@ -38,22 +38,26 @@ class Judge:
 
     def float_perplexity(self) -> float:
         """Return the perplexity of the float model."""
-        return self._perplexity(self._exact)
+        return math.exp(float(self._losses(self._exact).mean()))
 
-    def judge(self, model: Model) -> dict[str, float]:
-        """Return the perplexity, and how far predictions are from those of the float model.
+    def judge(self, model: Model) -> dict[str, list[float]]:
+        """Return what a model loses, in each window.
 
-        The divergence is the mean Kullback-Leibler divergence in nats a token, times 1000.
+        ``losses`` are the mean negative log likelihoods in nats, ``divergences`` the mean
+        Kullback-Leibler divergences from the predictions of the float model in thousandths of a
+        nat.
         """
         found = [self._log_likelihoods(model, ids) for ids in self._batches()]
-        total = sum(
-            float(functional.kl_div(b, a, reduction="sum", log_target=True))
+        apart = [
+            functional.kl_div(b, a, reduction="none", log_target=True).sum(dim=-1).mean(dim=-1)
             for a, b in zip(self._exact, found, strict=True)
-        )
-        count = sum(a.shape[0] * a.shape[1] for a in found)
-        return {"perplexity": self._perplexity(found), "divergence": 1000 * total / count}
+        ]
+        return {
+            "losses": self._losses(found).tolist(),
+            "divergences": (1000 * torch.cat(apart).double()).tolist(),
+        }
 
-    def judge_file(self, file: Path) -> dict[str, float]:
+    def judge_file(self, file: Path) -> dict[str, list[float]]:
         """Judge what a worker has saved."""
         model = self._float()
         with safe_open(file, framework="pt") as stored:
@@ -65,7 +69,7 @@ class Judge:
             raise ValueError(f"{file.name}: unknown {unknown[:3]}, missing {missing[:3]}")
         inputs = json.loads(notes["inputs"])
         with quantized_inputs(model, inputs):
-            return {**self.judge(model), "seconds": float(notes["seconds"])}
+            return self.judge(model)
 
     def _float(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self._directory, dtype=torch.float32).eval()
@@ -78,12 +82,13 @@ class Judge:
             logits = model(ids, use_cache=False).logits[:, self._first - 1 : -1]
             return torch.log_softmax(logits.float(), dim=-1)
 
-    def _perplexity(self, found: list[torch.Tensor]) -> float:
+    def _losses(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """Return the mean negative log likelihood of each window, float64."""
         losses = [
-            -values.gather(-1, ids[:, self._first :, None]).double().flatten()
+            -values.gather(-1, ids[:, self._first :, None]).double().mean(dim=(1, 2))
             for values, ids in zip(found, self._batches(), strict=True)
         ]
-        return math.exp(float(torch.cat(losses).mean()))
+        return torch.cat(losses)
 
 
 @contextlib.contextmanager

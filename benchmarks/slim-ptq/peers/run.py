@@ -11,8 +11,9 @@ and leaves float weights; what is here measures all of them, and slim-ptq, on th
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cases import (
     cases,
     write_models,
 )
+from compare import entries
 from measure import Judge
 from ours import quantized
 from page import PAGE, page
@@ -62,7 +64,7 @@ class _Known:
         """Take in what was measured of a case."""
         self.rows[name] = row
         self._file.write_text(json.dumps(self.rows, indent=1))
-        print(name, row, flush=True)
+        print(name, flush=True)
 
 
 def measure(work: Path, model: str, known: _Known) -> None:
@@ -76,6 +78,7 @@ def measure(work: Path, model: str, known: _Known) -> None:
             found = _measured(work, tool, case, judge)
             if found is not None:
                 known.add(name, found)
+                print(_summary(found), flush=True)
 
 
 def report(work: Path, known: dict[str, Any]) -> None:
@@ -99,16 +102,30 @@ def report(work: Path, known: dict[str, Any]) -> None:
                 }
             )
     result = {
-        "question": "perplexity on the same windows after quantization on the same tokens",
-        "note": note.read_text().strip() if (note := work / "note.txt").exists() else "",
+        "question": "what is lost on the same windows after quantization on the same tokens",
+        "tools": {tool: _version(work, tool) for tool in TOOLS},
         "float": {name: known[name]["perplexity"] for name in MODELS if name in known},
-        "rows": rows,
     }
-    save("peers", COMMAND, result)
+    save("peers", COMMAND, {**result, "rows": [_summary(row) for row in rows]})
     record = {"command": COMMAND, "machine": machine(), **result}
     timed = RESULTS / "peers_speed.json"
     speed = json.loads(timed.read_text()) if timed.exists() else None
-    PAGE.write_text(page(record, speed), encoding="utf-8")
+    PAGE.write_text(page(record, entries(rows), speed), encoding="utf-8")
+
+
+def _version(work: Path, tool: str) -> str:
+    file = work / f"{tool}.version"
+    return file.read_text() if file.exists() else "not run"
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with means in the place of the values of all windows."""
+    means = {
+        "perplexity": round(math.exp(statistics.fmean(row["losses"])), 4),
+        "divergence": round(statistics.fmean(row["divergences"]), 4),
+    }
+    kept = {k: v for k, v in row.items() if k not in ("losses", "divergences")}
+    return kept | means
 
 
 def _measured(work: Path, tool: str, case: dict[str, Any], judge: Judge) -> dict[str, Any] | None:
@@ -121,11 +138,9 @@ def _measured(work: Path, tool: str, case: dict[str, Any], judge: Judge) -> dict
         if failed.exists():
             print(f"{case['name']}: {failed.read_text()[:300]}", flush=True)
         return None
-    started = time.perf_counter()
     calibration = Path(case["calibration"])
     model = quantized(Path(case["model"]), calibration, _scheme_of(case), case["method"])
-    seconds = time.perf_counter() - started
-    return {**judge.judge(model), "seconds": round(seconds, 2)}
+    return judge.judge(model)
 
 
 def _scheme_of(case: dict[str, Any]) -> Any:

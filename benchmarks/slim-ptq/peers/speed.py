@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _common import save, write_llama
 
 COMMAND = "nox -s bench-peers"
-HIDDEN, INTER, LAYERS = 2048, 4096, 1
+HIDDEN, INTER, LAYERS = 1024, 2816, 1
 ROWS, LENGTH = 8, 256
 GROUPED = Scheme("w4a16_g128", 4, 128)
 FRACTIONS = Scheme("w4a16_g128_asym", 4, 128, False)

@@ -8,6 +8,7 @@ in the metadata of the file with the bits and, where it is static, the range of 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -262,6 +263,7 @@ def main() -> None:
     tool, work = sys.argv[1], Path(sys.argv[2])
     out = work / "out"
     out.mkdir(exist_ok=True)
+    (work / f"{tool}.version").write_text(importlib.metadata.version(tool))
     for values in json.loads((work / f"{tool}.json").read_text()):
         case = Case(**values)
         target = out / f"{case.name}.safetensors"
