@@ -14,6 +14,7 @@ from slim_core.formats.words import pack_words, unpack_words
 from slim_core.layers import QuantizedLinear
 from slim_core.numerics import quantize_weight, weight_params
 from slim_core.scheme import FLOAT, QuantScheme
+from slim_core.verify_layer import layer_problems
 
 GPTQ, AWQ, CT = (FORMATS[name] for name in ("gptq", "awq", "compressed_tensors"))
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -118,6 +119,25 @@ def test_awq(scheme):
             zeros = int(tensors["qzeros"][column * groups // 64, row // 8]) & 0xFFFFFFFF
             zero = made.weight_offset[row, column * groups // 64] + 8
             assert (zeros >> (4 * place)) & 15 == zero
+
+
+@given(
+    st.sampled_from(["gptq", "awq", "compressed_tensors", "ascend_v1", "safe_tensor"]),
+    st.sampled_from(["w4a16", "w4a16_g32", "w4a16_g32_asym"]),
+    st.integers(0, 1000),
+)
+def test_every_code_of_four_bits_comes_back(form, scheme, seed):
+    rng = np.random.default_rng(seed)
+    made = layer(scheme, rows=16, columns=64, seed=seed)
+    codes = rng.integers(-8, 8, made.codes.shape).astype(np.int8)
+    codes[0, :16] = np.arange(-8, 8)
+    made = replace(made, codes=codes)
+    kind = FORMATS[form]
+    tensors = kind.encode(made)
+    found = kind.decode(made.name, made.scheme, tensors, "float32")
+    assert np.array_equal(found.codes, codes)
+    assert np.array_equal(found.dequantized(), made.dequantized())
+    assert not list(layer_problems(found, tensors))
 
 
 @pytest.mark.parametrize(

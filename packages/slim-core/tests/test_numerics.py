@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from slim_core.dtypes import INT4, INT8, IntType
-from slim_core.errors import FormatError, NumericalError
+from slim_core.errors import FormatError, InvalidTypeError, NumericalError
 from slim_core.numerics import (
     EPS,
     affine_params,
@@ -18,12 +18,13 @@ from slim_core.numerics import (
     dequantize,
     dequantize_weight,
     fold_static,
+    lowest_code,
     quantize,
     quantize_per_token,
     quantize_weight,
     weight_params,
 )
-from slim_core.scheme import Granularity, TensorScheme
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme
 
 F32 = np.float32
 
@@ -264,6 +265,60 @@ def test_symmetric_codes_leave_out_the_most_negative(kind):
     scale = np.full(shape.get(kind.granularity, (1, 1)), 0.5, F32)
     codes = quantize_weight(F32([[-1000, -63.9, 63.9, 1000]]), scale, np.zeros_like(scale), kind)
     assert codes.tolist() == [[-127, -127, 127, 127]]
+
+
+@pytest.mark.parametrize(
+    ("text", "low"),
+    [
+        ("w4a16", -8),
+        ("w4a16_g128", -8),
+        ("w4a16_asym", -8),
+        ("w4a8_dynamic", -8),
+        ("w4a4_dynamic", -8),
+        ("w4a8_dynamic_g64", -7),  # whose codes are multiplied by up to 17 and must stay int8
+        ("w8a16", -127),
+        ("w8a8", -127),
+        ("w8a8s", -127),
+        ("w8a16_asym", -128),
+    ],
+)
+def test_the_lowest_code_of_weights(text, low):
+    kind = QuantScheme.parse(text).weight
+    assert lowest_code(kind) == low
+    if kind.granularity is Granularity.PER_CHANNEL:
+        codes = quantize_weight(F32([[-1e9, 1e9]]), F32([[0.5]]), F32([[0.0]]), kind)
+        assert codes.tolist() == [[low, kind.dtype.max]]
+
+
+def test_types_with_a_table_have_no_lowest_code():
+    with pytest.raises(InvalidTypeError, match="codes of nf4 are places in a table"):
+        lowest_code(QuantScheme.parse("nf4").weight)
+
+
+@pytest.mark.parametrize("kind", [k for k in WEIGHT_SCHEMES if k.symmetric], ids=str)
+def test_the_full_range_divides_by_half_of_its_length(kind):
+    weight = rng(7).standard_normal((6, 8)).astype(F32)
+    scale, offset = weight_params(weight, kind, full_range=True)
+    plain, _ = weight_params(weight, kind)
+    half = F32((kind.dtype.max - kind.dtype.min) / 2)
+    np.testing.assert_array_equal(offset, np.zeros_like(scale))
+    np.testing.assert_allclose(scale * half, plain * F32(kind.dtype.max), rtol=1e-6)
+    codes = quantize_weight(weight, scale, offset, kind, full_range=True)
+    assert codes.min() == kind.dtype.min
+    assert codes.max() <= kind.dtype.max
+    # No weight is further from its level than half a step: the largest are there at both ends.
+    error = np.abs(dequantize_weight(codes, scale, offset) - weight)
+    assert np.all(error <= 0.500001 * np.max(scale))
+
+
+def test_the_full_range_is_nothing_new_for_others():
+    weight = rng(8).standard_normal((4, 32)).astype(F32)
+    for text in ("w4a16_asym", "nf4", "w4a8_mxfp"):
+        kind = QuantScheme.parse(text).weight
+        if kind.granularity is not Granularity.PER_BLOCK:
+            np.testing.assert_array_equal(
+                weight_params(weight, kind, full_range=True)[0], weight_params(weight, kind)[0]
+            )
 
 
 def test_group_size_must_divide():

@@ -35,12 +35,15 @@ def test_the_integers_are_those_of_ascend(
     saved_model: Factory, tmp_path: Path, form: str, scheme: str
 ) -> None:
     source = saved_model("llama")
-    quantize(source, tmp_path / "ours", scheme=scheme)
-    quantize(source, tmp_path / "theirs", scheme=scheme, format=form)
+    for name, written in (("ours", "ascend_v1"), ("theirs", form)):
+        recipe = Recipe.build(scheme=scheme, format=written, method="clip")  # -8 is a code of it
+        quantize(source, tmp_path / name, recipe=recipe)
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"].replace("-", "_") == form
     assert not list((tmp_path / "theirs").glob("quant_model_description*"))
     ours, theirs = QuantizedCheckpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "theirs")
+    codes = [ours.layer(name).codes for name in ours.layers]
+    assert scheme[1] == "8" or min(own.min() for own in codes) == -8
     for name in ours.layers:
         inside = f"{name}."
         tensors = {

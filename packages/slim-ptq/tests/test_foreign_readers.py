@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from slim_core.errors import SlimError
+from slim_core.quantized import QuantizedCheckpoint
+from slim_core.recipe import Recipe
 from slim_ptq import modules, quantize
 from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.load import load_model
@@ -25,10 +27,14 @@ NEAR = {"bfloat16": 0.01, "float16": 0.002}
 def written(
     root: Path, form: str, scheme: str, data: TokenWindows | None = None
 ) -> tuple[Path, Path]:
-    """Write the same integers in a format of another tool and in that of Ascend."""
+    """Write the same integers, -8 among those of 4 bits, for another tool and for Ascend."""
     foreign, own = root / form, root / "ascend"
-    quantize(MODEL, foreign, scheme=scheme, format=form, calibration=data)
-    quantize(MODEL, own, scheme=scheme, calibration=data)
+    for output, name in ((foreign, form), (own, "ascend_v1")):
+        recipe = Recipe.build(scheme=scheme, format=name, method="clip")
+        quantize(MODEL, output, recipe=recipe, calibration=data)
+    checkpoint = QuantizedCheckpoint(own)
+    lowest = min(int(checkpoint.layer(layer).codes.min()) for layer in checkpoint.layers)
+    assert lowest == (-8 if scheme.startswith("w4") else -128 if "asym" in scheme else -127)
     return foreign, own
 
 

@@ -64,10 +64,8 @@ def textbook(
     w = weight.double().numpy().copy()
     h = hessian.double().numpy().copy()
     rows, columns = w.shape
-    lowest, highest = (
-        (1 - 2 ** (bits - 1) if symmetric else -(2 ** (bits - 1))),
-        2 ** (bits - 1) - 1,
-    )
+    highest = 2 ** (bits - 1) - 1
+    lowest = -highest if symmetric and bits == 8 else -highest - 1
 
     def grid(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = part.min(axis=1), part.max(axis=1)

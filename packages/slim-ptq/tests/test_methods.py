@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slim_core.dtypes import IntType
-from slim_core.errors import FormatError, InvalidValueError, NumericalError
+from slim_core.errors import FormatError, InvalidTypeError, InvalidValueError, NumericalError
 from slim_core.method import MethodSpec
 from slim_core.scheme import QuantScheme, TensorScheme
 from slim_ptq.methods import METHODS, LayerInputs, MinMax, make_method
@@ -161,6 +161,77 @@ weights = st.builds(
 schemes = st.sampled_from(
     [QuantScheme.parse(text).weight for text in SCHEMES if not text.endswith("_tensor")]
 )
+
+
+class TestLowestCode:
+    @pytest.mark.parametrize("spec", [s for s in SPECS if s != "minmax"], ids=str)
+    @pytest.mark.parametrize("scheme", ["w4a16", "w4a16_g32", "w4a16_tensor", "w4a4_dynamic"])
+    def test_chosen_ranges_use_it(self, spec: Any, scheme: str) -> None:
+        method, parsed = make_method(MethodSpec.parse(spec)), QuantScheme.parse(scheme)
+        # Most of the largest weights are negative: one more step there costs the others nothing.
+        weight = randn(24, 64).abs().neg() + 0.8
+        parts = method.quantize("a", weight, parsed.weight, inputs_of(64))
+        assert int(parts.codes.min()) == -8
+        assert int(parts.codes.max()) <= 7
+
+    @pytest.mark.parametrize(
+        ("spec", "scheme", "low"),
+        [
+            *((spec, scheme, -127) for spec in SPECS for scheme in ("w8a16", "w8a8_dynamic")),
+            *((spec, "w4a8_dynamic_g32", -7) for spec in ("clip", "ssz", "hqq", "gptq")),
+        ],
+        ids=str,
+    )
+    def test_where_it_is_left_out(self, spec: Any, scheme: str, low: int) -> None:
+        method, parsed = make_method(MethodSpec.parse(spec)), QuantScheme.parse(scheme)
+        weight = randn(24, 64).abs().neg() + 0.8
+        parts = method.quantize("a", weight, parsed.weight, inputs_of(64))
+        assert int(parts.codes.min()) == low
+
+
+class TestFullRange:
+    @pytest.mark.parametrize("scheme", ["w4a16", "w4a16_g32", "w4a16_tensor", "w8a16", "w8a8"])
+    def test_its_scale_and_codes(self, scheme: str) -> None:
+        weight, parsed = randn(300, 64) * torch.linspace(0.1, 3, 300)[:, None], scheme
+        kind = QuantScheme.parse(parsed).weight
+        parts = MinMax(full_range=True).quantize("a", weight, kind)
+        size = kind.group_size or 64
+        sets = weight.reshape(1, -1) if scheme.endswith("tensor") else weight.reshape(-1, size)
+        scale = sets.abs().amax(dim=1) / (2 ** (kind.dtype.bits - 1) - 0.5)
+        assert torch.equal(parts.scale.reshape(-1), scale)
+        codes = (sets / scale[:, None]).round().clamp(kind.dtype.min, kind.dtype.max)
+        assert torch.equal(parts.codes.reshape(sets.shape).float(), codes)
+        assert int(parts.codes.min()) == kind.dtype.min
+
+    def test_it_is_a_bool(self) -> None:
+        with pytest.raises(InvalidTypeError, match="full_range must be bool"):
+            make_method(MethodSpec.parse({"name": "minmax", "full_range": 1}))
+
+    def test_it_loses_less_at_four_bits(self) -> None:
+        weight, kind = randn(64, 64), QuantScheme.parse("w4a16")
+
+        def error(method: MinMax) -> float:
+            values = method.quantize("a", weight, kind.weight).layer("a", kind, None, "float32")
+            return float((values.dequantized() - weight).square().sum())
+
+        assert error(MinMax(full_range=True)) < 0.97 * error(MinMax())
+
+    @pytest.mark.parametrize(
+        ("scheme", "says"),
+        [
+            ("w4a16_asym", "asymmetric weights"),
+            ("w4a8_dynamic_g32", "two-stage"),
+            ("nf4", "no code beyond"),
+            ("w4a8_mxfp", "no code beyond"),
+            ("w8a8s", "method sparse"),
+        ],
+    )
+    def test_where_it_is_refused(self, scheme: str, says: str) -> None:
+        method, parsed = MinMax(full_range=True), QuantScheme.parse(scheme)
+        assert says in str(method.unsupported(parsed))
+        if scheme != "w8a8s":  # which is refused as a scheme, not as a kind of weight
+            with pytest.raises(InvalidValueError, match=r"x\.y cannot be quantized by minmax"):
+                method.quantize("x.y", randn(8, 64), parsed.weight)
 
 
 class TestSearches:

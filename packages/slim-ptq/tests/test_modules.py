@@ -117,6 +117,24 @@ class TestFakeQuantLinear:
         found = FakeQuantLinear(given, torch.float32)(x)
         torch.testing.assert_close(found.double(), expected + given.bias, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("scheme", ["w4a16", "w4a16_g32", "w4a4_dynamic", "w4a8_dynamic"])
+    def test_every_code_of_four_bits(self, scheme: str) -> None:
+        given = quantized(scheme)
+        codes = torch.randint(-8, 8, (6, 64), generator=torch.Generator().manual_seed(3))
+        codes[:, :16] = torch.arange(-8, 8)
+        given = replace(given, codes=codes.to(torch.int8))
+        groups = given.weight_scale.shape[1]
+        weight = codes.double().reshape(6, groups, -1) * given.weight_scale.double()[..., None]
+        x = randn(2, 3, 64, seed=2)
+        steps = {"w4a4_dynamic": 7, "w4a8_dynamic": 127}.get(scheme)
+        inputs = x.double()
+        if steps is not None:
+            scale = inputs.abs().amax(dim=-1, keepdim=True) / steps
+            inputs = torch.round(inputs / scale) * scale
+        expected = inputs @ weight.reshape(6, 64).T + given.bias
+        found = FakeQuantLinear(given, torch.float32)(x)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
     def test_flatquant_with_identities_is_plain(self) -> None:
         plain, given = quantized("w4a4_dynamic"), quantized("w4a4_flatquant_dynamic")
         x = randn(2, 3, 64, seed=2)

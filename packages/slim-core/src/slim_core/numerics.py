@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace, size
 
 from slim_core.dtypes import INT8, CodeType, IntType, TableType
-from slim_core.errors import FormatError, NumericalError
+from slim_core.errors import FormatError, InvalidTypeError, NumericalError
 from slim_core.scheme import Granularity, ScaleKind, TensorScheme
 from slim_core.tables import decode_table, encode_table
 
@@ -26,13 +26,33 @@ EPS = 1.1920928955078125e-07  # machine epsilon of float32: the smallest scale
 Array = Any  # numpy.ndarray or torch.Tensor; the array API has no nominal type
 
 
-def affine_params(low: Array, high: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+def lowest_code(scheme: TensorScheme) -> int:
+    """Return the smallest code of weights with an integer type, ``-2**(b-1)``.
+
+    Two kinds of symmetric weights end one code earlier, as far from 0 as the largest code: those of
+    8 bits, as other tools for Ascend store them and where one code of 256 gains nothing; and
+    two-stage ones, whose product of -8 and the largest scale of a group, 17, int8 does not hold
+    (:mod:`slim_core.two_stage`).
+    """
+    dtype = scheme.dtype
+    if not isinstance(dtype, IntType):
+        raise InvalidTypeError(f"codes of {dtype} are places in a table, not integers")
+    ends_early = dtype.bits == INT8.bits or scheme.scales is ScaleKind.TWO_STAGE
+    return -dtype.max if scheme.symmetric and ends_early else dtype.min
+
+
+def affine_params(
+    low: Array, high: Array, scheme: TensorScheme, *, full_range: bool = False
+) -> tuple[Array, Array]:
     """Return scale and offset for values between ``low`` and ``high``.
 
     Parameters
     ----------
     low, high : array, float32, any shape
         Smallest and largest value of each set of elements that share a scale.
+    full_range : bool
+        Let the codes of symmetric integers span the range, -2**(b-1) too: ``2**(b-1) - 1/2``
+        instead of the largest code divides the largest magnitude.
 
     Returns
     -------
@@ -50,7 +70,8 @@ def affine_params(low: Array, high: Array, scheme: TensorScheme) -> tuple[Array,
         peak = xp.maximum(xp.abs(low), xp.abs(high))
         if scheme.scales is ScaleKind.E8M0:
             return power_scale(peak, dtype.max), zero
-        return xp.maximum(peak / dtype.max, eps), zero
+        spans = full_range and isinstance(dtype, IntType)
+        return xp.maximum(peak / ((dtype.max - dtype.min) / 2 if spans else dtype.max), eps), zero
     low, high = xp.minimum(low, zero), xp.maximum(high, zero)
     scale = xp.maximum((high - low) / (dtype.max - dtype.min), eps)
     return scale, xp.round(-low / scale) + dtype.min
@@ -74,7 +95,7 @@ def quantize(
     """Return ``clamp(round(x / scale + offset))`` as int8.
 
     ``scale`` and ``offset`` broadcast against ``x``.  The clamp is to the range of ``dtype``, or
-    from ``low`` on (symmetric weights leave out the most negative code).  For a type with a table
+    from ``low`` on (:func:`lowest_code` of weights).  For a type with a table
     the code is that of the level nearest to ``x / scale``.
     """
     xp = array_namespace(x)
@@ -99,12 +120,16 @@ def dequantize(codes: Array, scale: Array, offset: Array | None, dtype: CodeType
     return (values if offset is None else values - offset) * scale
 
 
-def weight_params(weight: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+def weight_params(
+    weight: Array, scheme: TensorScheme, *, full_range: bool = False
+) -> tuple[Array, Array]:
     """Return min-max scale and offset of a weight.
 
     Parameters
     ----------
     weight : array, float32, shape (out, in)
+    full_range : bool
+        See :func:`affine_params`.
 
     Returns
     -------
@@ -120,21 +145,25 @@ def weight_params(weight: Array, scheme: TensorScheme) -> tuple[Array, Array]:
     xp = array_namespace(weight)
     if scheme.granularity is Granularity.PER_BLOCK:
         blocks = split_groups(xp.reshape(weight, (1, -1)), scheme.group_size)[0]
-        return affine_params(xp.min(blocks, axis=1), xp.max(blocks, axis=1), scheme)
-    if scheme.granularity is Granularity.PER_TENSOR:
-        return affine_params(
-            xp.reshape(xp.min(weight), (1,)), xp.reshape(xp.max(weight), (1,)), scheme
-        )
-    if scheme.granularity is Granularity.PER_CHANNEL:
+        low, high = xp.min(blocks, axis=1), xp.max(blocks, axis=1)
+    elif scheme.granularity is Granularity.PER_TENSOR:
+        low, high = (xp.reshape(end, (1,)) for end in (xp.min(weight), xp.max(weight)))
+    elif scheme.granularity is Granularity.PER_CHANNEL:
         low, high = xp.min(weight, axis=1, keepdims=True), xp.max(weight, axis=1, keepdims=True)
-        return affine_params(low, high, scheme)
-    grouped = split_groups(weight, scheme.group_size)
-    return affine_params(xp.min(grouped, axis=2), xp.max(grouped, axis=2), scheme)
+    else:
+        grouped = split_groups(weight, scheme.group_size)
+        low, high = xp.min(grouped, axis=2), xp.max(grouped, axis=2)
+    return affine_params(low, high, scheme, full_range=full_range)
 
 
-def quantize_weight(weight: Array, scale: Array, offset: Array, scheme: TensorScheme) -> Array:
-    """Return int8 codes, shape (out, in), for parameters shaped as :func:`weight_params` does."""
-    low = -scheme.dtype.max if scheme.symmetric and isinstance(scheme.dtype, IntType) else None
+def quantize_weight(
+    weight: Array, scale: Array, offset: Array, scheme: TensorScheme, *, full_range: bool = False
+) -> Array:
+    """Return int8 codes, shape (out, in), for parameters shaped as :func:`weight_params` does.
+
+    They are those from :func:`lowest_code` on, or all of the type for the ``full_range``.
+    """
+    low = None if full_range or not isinstance(scheme.dtype, IntType) else lowest_code(scheme)
     offset = None if scheme.symmetric else offset
     xp = array_namespace(weight)
     if scheme.granularity is Granularity.PER_BLOCK:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slim_core.dtypes import TableType
-from slim_core.numerics import EPS, affine_params, split_groups
+from slim_core.numerics import EPS, affine_params, lowest_code, split_groups
 from slim_core.scheme import Granularity, ScaleKind, TensorScheme
 from slim_core.tables import decode_table, encode_table
 from slim_core.two_stage import LARGEST_GROUP_SCALE, SECOND_SCALE, two_stage_scales
@@ -47,9 +47,10 @@ class Grid:
         if isinstance(dtype, TableType):
             codes: torch.Tensor = encode_table(weight / self.scale, dtype)
             return codes
-        if self.scheme.symmetric:
-            return (weight / self.scale).round_().clamp_(-dtype.max, dtype.max)
-        return (weight / self.scale).add_(self.offset).round_().clamp_(dtype.min, dtype.max)
+        places = weight / self.scale
+        if not self.scheme.symmetric:
+            places += self.offset
+        return places.round_().clamp_(lowest_code(self.scheme), dtype.max)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return what codes stand for, float32."""

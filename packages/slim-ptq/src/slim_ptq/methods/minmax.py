@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import torch
 
+from slim_core.dtypes import IntType
+from slim_core.errors import InvalidValueError
 from slim_core.layers import QuantizedLinear
 from slim_core.numerics import (
     affine_params,
@@ -19,6 +21,7 @@ from slim_core.numerics import (
 )
 from slim_core.scheme import Granularity, QuantScheme, ScaleKind, TensorScheme, Variant
 from slim_core.two_stage import SECOND_SCALE, quantize_two_stage, two_stage_scales
+from slim_core.validate import check_type
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
 
 _CHUNK = 1 << 18  # elements
@@ -28,14 +31,34 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class MinMax:
-    """:func:`quantize_minmax` as a method of recipes."""
+    """:func:`quantize_minmax` as a method of recipes.
+
+    Parameters
+    ----------
+    full_range : bool
+        Of symmetric integers: let the codes span the range, the most negative one too, as
+        llm-compressor does (:func:`slim_core.numerics.affine_params`).  Other tools for Ascend
+        leave it out.
+
+    Raises
+    ------
+    InvalidTypeError
+        ``full_range`` is no bool.
+    """
 
     name: ClassVar[str] = "minmax"
     needs: ClassVar[Needs] = Needs.NONE
 
+    full_range: bool = False
+
+    def __post_init__(self) -> None:
+        check_type("full_range", self.full_range, bool)
+
     def unsupported(self, scheme: QuantScheme) -> str | None:
         """Return why a scheme is more than a grid between the extreme weights."""
-        return "its outliers need method sparse" if scheme.variant is Variant.SPARSE else None
+        if scheme.variant is Variant.SPARSE:
+            return "its outliers need method sparse"
+        return self._range_problem(scheme.weight)
 
     def quantize(
         self,
@@ -44,13 +67,33 @@ class MinMax:
         scheme: TensorScheme,
         inputs: LayerInputs | None = None,
     ) -> Parts:
-        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
+        """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`).
+
+        Raises also an InvalidValueError where ``full_range`` is not possible.
+        """
+        problem = self._range_problem(scheme)
+        if problem is not None:
+            raise InvalidValueError(f"{name} cannot be quantized by {self.name}: {problem}")
         if scheme.scales is ScaleKind.TWO_STAGE:
             return _two_stage(name, weight, scheme)
-        return Parts(*quantize_minmax(name, weight, scheme))
+        return Parts(*quantize_minmax(name, weight, scheme, full_range=self.full_range))
+
+    def _range_problem(self, scheme: TensorScheme | None) -> str | None:
+        """Return why codes cannot span the range if they are asked to."""
+        if not self.full_range or scheme is None:
+            return None
+        if not scheme.symmetric:
+            return "full_range must be False for asymmetric weights, whose codes span the range"
+        if not isinstance(scheme.dtype, IntType):
+            return f"full_range must be False for {scheme.dtype}, which has no code beyond the last"
+        if scheme.scales is ScaleKind.TWO_STAGE:
+            return "full_range must be False for two-stage scales, which would leave int8"
+        return None
 
 
-def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Tensors:
+def quantize_minmax(
+    name: str, weight: torch.Tensor, scheme: TensorScheme, *, full_range: bool = False
+) -> Tensors:
     """Quantize a weight in one stage.
 
     Parameters
@@ -58,6 +101,8 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Te
     name : str
         Of the layer, for messages.
     weight : torch.Tensor, floating point, shape (out, in)
+    full_range : bool
+        See :class:`MinMax`.
 
     Returns
     -------
@@ -76,15 +121,15 @@ def quantize_minmax(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Te
     if scheme.granularity is Granularity.PER_BLOCK:
         blocks = _as_rows(values, scheme)
         in_rows = replace(scheme, granularity=Granularity.PER_CHANNEL, group_size=0)
-        codes, scale, offset = quantize_minmax(name, blocks, in_rows)
+        codes, scale, offset = quantize_minmax(name, blocks, in_rows, full_range=full_range)
         return codes.reshape(values.shape), scale.reshape(-1), offset.reshape(-1)
     per_tensor = scheme.granularity is Granularity.PER_TENSOR
-    whole = _tensor_params(values, scheme) if per_tensor else None
+    whole = _tensor_params(values, scheme, full_range=full_range) if per_tensor else None
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     params = []
     for rows, part in _finite_chunks(name, values):
-        scale, offset = whole or weight_params(part, scheme)
-        codes[rows] = quantize_weight(part, scale, offset, scheme)
+        scale, offset = whole or weight_params(part, scheme, full_range=full_range)
+        codes[rows] = quantize_weight(part, scale, offset, scheme, full_range=full_range)
         params.append((scale, offset))
     if whole is not None:
         return codes, *whole
@@ -127,10 +172,12 @@ def _two_stage(name: str, weight: torch.Tensor, scheme: TensorScheme) -> Parts:
     return Parts(codes, row_scale, torch.zeros_like(row_scale), extras)
 
 
-def _tensor_params(weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensor_params(
+    weight: torch.Tensor, scheme: TensorScheme, *, full_range: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one scale and offset for all elements."""
     low, high = (end.float().reshape(1) for end in torch.aminmax(weight))
-    scale, offset = affine_params(low, high, scheme)
+    scale, offset = affine_params(low, high, scheme, full_range=full_range)
     return scale, offset
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from slim_core.dtypes import IntType
-from slim_core.numerics import EPS, check_finite, split_groups
+from slim_core.numerics import EPS, check_finite, lowest_code, split_groups
 from slim_core.scheme import Granularity, QuantScheme, ScaleKind, TensorScheme
 from slim_core.validate import check_float, check_int
 from slim_ptq.methods.base import LayerInputs, Needs, Parts
@@ -165,8 +165,7 @@ class _Learned:
         shift, *factors = self._free
         scale, offset = self._grid(*factors)
         codes = _round(self._sets / scale + offset + shift)
-        smallest = -self._dtype.max if self._scheme.symmetric else self._dtype.min
-        return (codes.clamp(smallest, self._dtype.max) - offset) * scale
+        return (codes.clamp(lowest_code(self._scheme), self._dtype.max) - offset) * scale
 
     def _grid(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and offset of clipped ranges, differentiable."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from slim_core.dtypes import IntType
-from slim_core.numerics import EPS
+from slim_core.numerics import EPS, lowest_code
 from slim_core.scheme import Granularity, TensorScheme
 from slim_ptq.methods import Parts
 from slim_ptq.structure import bias_of, weight_of
@@ -54,7 +54,7 @@ class RoundedLinear(nn.Module):
         assert isinstance(scheme.dtype, IntType)  # narrowing: the method has seen to it
         weight = weight_of(linear).detach().float()
         self._parts, self._shape = parts, weight.shape
-        self._lowest = -scheme.dtype.max if scheme.symmetric else scheme.dtype.min
+        self._lowest = lowest_code(scheme)
         self._highest = scheme.dtype.max
         whole = scheme.granularity is Granularity.PER_TENSOR
         sets = weight.reshape(1, -1) if whole else weight.reshape(parts.scale.numel(), -1)
