@@ -45,13 +45,41 @@ def test_cached_decoding_equals_recomputation(shared_model, reference):
     assert cache.length == 32
 
 
-@pytest.mark.parametrize("kind", ["channel", "token"])
-def test_an_int8_cache_stores_integers(tiny, reference, kind):
+@pytest.mark.parametrize("kind", ["float", "channel", "token"])
+def test_float64(tiny_dir, shared_model, reference, kind):
+    network = load_llama(tiny_dir, replace(read_config(tiny_dir), dtype="float64"))
+    assert {str(parameter.dtype) for parameter in network.get_parameters()} == {"Float64"}
     ids = reference["ids"][:, :24]
-    for layer in tiny.model.layers:
+    if kind == "float":
+        single = shared_model(ms.Tensor(ids)).asnumpy()
+        assert 1e-9 < np.abs(network(ms.Tensor(ids)).asnumpy() - single).max() <= 1e-4
+    else:
+        _quantize_cache(network, kind)
+    cache = network.new_cache()
+    steps = [network.decode(ms.Tensor(ids[:, at : at + 8]), cache).asnumpy() for at in (0, 8, 16)]
+    whole = network(ms.Tensor(ids)).asnumpy()
+    assert whole.dtype == np.float64
+    assert np.abs(np.concatenate(steps, axis=1) - whole).max() <= 1e-12
+
+
+def test_float64_in_graph_mode(tiny_dir, reference, graph_mode):
+    network = load_llama(tiny_dir, replace(read_config(tiny_dir), dtype="float64"))
+    graph = network(ms.Tensor(reference["ids"])).asnumpy()
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    assert np.abs(graph - network(ms.Tensor(reference["ids"])).asnumpy()).max() <= 1e-12
+
+
+def _quantize_cache(network, kind):
+    for layer in network.model.layers:
         for side in ("key_quant", "value_quant"):
             quant = ChannelKV(np.full(64, 0.05, np.float32), 4) if kind == "channel" else TokenKV()
             setattr(layer.attention, side, quant)
+
+
+@pytest.mark.parametrize("kind", ["channel", "token"])
+def test_an_int8_cache_stores_integers(tiny, reference, kind):
+    ids = reference["ids"][:, :24]
+    _quantize_cache(tiny, kind)
     cache = tiny.new_cache()
     first = tiny.decode(ms.Tensor(ids[:, :20]), cache).asnumpy()
     rest = tiny.decode(ms.Tensor(ids[:, 20:]), cache).asnumpy()
@@ -171,6 +199,8 @@ def test_configurations():
         LlamaConfig.from_mindformers(sizes | {"intermediate_size": None})
     with pytest.raises(InvalidValueError, match="n_kv_heads=3 does not divide num_heads=4"):
         LlamaConfig.from_mindformers(sizes | {"n_kv_heads": 3})
+    with pytest.raises(InvalidValueError, match="dtype must be one of 'float32', 'float64'"):
+        replace(config, dtype="bfloat16")
     with pytest.raises(StructureError, match="model_type must be llama, not 'bloom'"):
         LlamaConfig.from_hugging_face({"model_type": "bloom"})
     with pytest.raises(StructureError, match=r"config\.json has no vocab_size"):

@@ -4,9 +4,10 @@ Their parameters have the names and dtypes of MindSpore Golden Stick, compute dt
 :mod:`slim_mindspore.layouts`), so ``network.parameters_dict()`` is what its checkpoints hold; only
 int4 codes lie unpacked in int8, since a CPU has no operator on Int4.
 
-On a CPU the cells work in float32 where a fused operator of Ascend works in integers; sums of
-integers are exact, since they are formed in pieces short enough for the 24 bits of float32 and
-added in int32.
+On a CPU the cells work in floating point where a fused operator of Ascend works in integers; sums
+of integers are exact, since they are formed in pieces short enough for the 24 bits of float32 and
+added in int32.  Inputs of float64 are computed in float64, on the scales as they are stored, all
+others in float32.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ class _QuantLinear(nn.Cell):  # type: ignore[misc]
         return self.activation(y) if self.activated else y
 
     def integer_product(self, codes: Any, weight: Any) -> Any:
-        """Return the int32 products, exact, of activation codes held in float32 and the weight."""
-        weight = ops.cast(weight, ms.float32)
+        """Return the int32 products, exact, of activation codes and the weight."""
+        codes, weight = ops.cast(codes, ms.float32), ops.cast(weight, ms.float32)
         total = None
         for start in range(0, self.in_features, EXACT_COLUMNS):
             end = min(start + EXACT_COLUMNS, self.in_features)
@@ -119,21 +120,21 @@ class WeightOnlyLinear(_QuantLinear):
         return self._layer.bias
 
     def construct(self, x: Any) -> Any:
-        """Return float32 outputs of (..., in) inputs."""
-        x = ops.cast(x, ms.float32)
+        """Return outputs of (..., in) inputs."""
+        x = ops.cast(x, working_type(x))
         if self.smoothed:
             x = x * self._layer.matmul.smooth_scale
         codes, scale, zero = self.stored()
         if self.kernel is not None:
             y = self.kernel(x, codes, scale, zero)
         else:
-            y = ops.matmul(x, self.dequantized(codes, scale, zero).T)
+            y = ops.matmul(x, self.dequantized(codes, scale, zero, x.dtype).T)
         return self.finish(y + self.bias() if self.biased else y)
 
-    def dequantized(self, codes: Any, scale: Any, zero: Any) -> Any:
-        """Return the float32 weight (out, in)."""
+    def dequantized(self, codes: Any, scale: Any, zero: Any, dtype: Any) -> Any:
+        """Return the weight (out, in)."""
         columns = self.in_features // self.groups
-        codes = ops.cast(codes, ms.float32).reshape(self.out_features, self.groups, columns)
+        codes = ops.cast(codes, dtype).reshape(self.out_features, self.groups, columns)
         shape = (self.groups, self.out_features)
         scale, zero = (item.reshape(shape).T.expand_dims(2) for item in (scale, zero))
         return ((codes + zero) * scale).reshape(self.out_features, self.in_features)
@@ -161,7 +162,7 @@ class StaticLinear(_QuantLinear):
         self.kernel: Any = FusedStatic() if self.fused else None
 
     def construct(self, x: Any) -> Any:
-        """Return float32 outputs of (..., in) inputs."""
+        """Return outputs of (..., in) inputs."""
         scale, zero = self.quant_op.input_scale, self.quant_op.input_zp
         matmul = self._layer.matmul
         if self.kernel is not None:
@@ -170,13 +171,14 @@ class StaticLinear(_QuantLinear):
             )
             return self.finish(y)
         total = self.integer_product(self.codes(x, scale, zero), self._layer.weight)
-        total = ops.cast(total + matmul.quant_bias, ms.float32)
+        total = ops.cast(total + matmul.quant_bias, working_type(x))
         return self.finish(total * self.from_bits(matmul.dequant_scale))
 
     def codes(self, x: Any, scale: Any, zero: Any) -> Any:
-        """Return the codes of the input, held in float32."""
-        scale, zero = ops.cast(scale, ms.float32), ops.cast(zero, ms.float32)
-        return ops.clamp(ops.round(ops.cast(x, ms.float32) / scale + zero), -128, 127)
+        """Return the codes of the input, held in floating point."""
+        dtype = working_type(x)
+        scale, zero = ops.cast(scale, dtype), ops.cast(zero, dtype)
+        return ops.clamp(ops.round(ops.cast(x, dtype) / scale + zero), -128, 127)
 
     def from_bits(self, bits: Any) -> Any:
         """Return the positive float32 numbers whose bits int64 ones hold."""
@@ -189,10 +191,10 @@ class SmoothQuantLinear(StaticLinear):
     """:class:`StaticLinear` with the names of layout gs-sq; its bias is a float one."""
 
     def construct(self, x: Any) -> Any:
-        """Return float32 outputs of (..., in) inputs."""
+        """Return outputs of (..., in) inputs."""
         quantizer = self._input_quantizer
         codes = self.codes(x, quantizer.t_scale, quantizer.t_zp)
-        total = ops.cast(self.integer_product(codes, self._handler.weight), ms.float32)
+        total = ops.cast(self.integer_product(codes, self._handler.weight), working_type(x))
         scale = self.from_bits(self._output_quantizer.scale)
         return self.finish(total * scale + self._handler.bias)
 
@@ -205,18 +207,23 @@ class DynamicLinear(_QuantLinear):
         self.kernel: Any = FusedDynamic() if self.fused else None
 
     def construct(self, x: Any) -> Any:
-        """Return float32 outputs of (..., in) inputs."""
+        """Return outputs of (..., in) inputs."""
         weight, weight_scale = self._layer.weight, self._layer.matmul.weight_scale
         smooth = self.dyn_quant_op.smooth_scale if self.smoothed else None
         if self.kernel is not None:
             y = self.kernel(x, smooth, weight, weight_scale)
         else:
-            x = ops.cast(x, ms.float32)
+            x = ops.cast(x, working_type(x))
             x = x * smooth if self.smoothed else x
             scale = ops.maximum(ops.amax(ops.abs(x), -1, True) / 127.0, EPS)
             total = self.integer_product(ops.clamp(ops.round(x / scale), -128, 127), weight)
-            y = ops.cast(total, ms.float32) * scale * weight_scale
+            y = ops.cast(total, x.dtype) * scale * weight_scale
         return self.finish(y + self._layer.bias if self.biased else y)
+
+
+def working_type(x: Any) -> Any:
+    """Return the dtype in which a cell computes for its input: float64, or float32."""
+    return ms.float64 if x.dtype == ms.float64 else ms.float32
 
 
 def constant(array: np.ndarray, name: str) -> Any:

@@ -25,8 +25,8 @@ class FloatKV(nn.Cell):  # type: ignore[misc]
         """Return what the cache stores: codes and scales."""
         return x, None
 
-    def decode(self, codes: Any, scale: Any) -> Any:
-        """Return what :meth:`construct` returns from what :meth:`encode` returned."""
+    def decode(self, codes: Any, scale: Any, dtype: Any) -> Any:
+        """Return what :meth:`construct` returns, in a dtype, from what :meth:`encode` returned."""
         return codes
 
 
@@ -46,15 +46,15 @@ class ChannelKV(nn.Cell):  # type: ignore[misc]
 
     def construct(self, x: Any) -> Any:
         """Return what a reader of the cache gets."""
-        return ops.clamp(ops.round(x / self.scale), -127, 127) * self.scale
+        return ops.clamp(ops.round(x / self.scale), -128, 127) * self.scale
 
     def encode(self, x: Any) -> Any:
         """Return codes and scales; the scales are not stored with the tokens."""
-        return ops.cast(ops.clamp(ops.round(x / self.scale), -127, 127), ms.int8), None
+        return ops.cast(ops.clamp(ops.round(x / self.scale), -128, 127), ms.int8), None
 
-    def decode(self, codes: Any, scale: Any) -> Any:
+    def decode(self, codes: Any, scale: Any, dtype: Any) -> Any:
         """Return keys or values of stored codes."""
-        return ops.cast(codes, ms.float32) * self.scale
+        return ops.cast(codes, dtype) * self.scale
 
 
 class TokenKV(nn.Cell):  # type: ignore[misc]
@@ -70,9 +70,9 @@ class TokenKV(nn.Cell):  # type: ignore[misc]
         scale = self.token_scale(x)
         return ops.cast(ops.clamp(ops.round(x / scale), -127, 127), ms.int8), scale
 
-    def decode(self, codes: Any, scale: Any) -> Any:
+    def decode(self, codes: Any, scale: Any, dtype: Any) -> Any:
         """Return keys or values of stored codes."""
-        return ops.cast(codes, ms.float32) * scale
+        return ops.cast(codes, dtype) * scale
 
     def token_scale(self, x: Any) -> Any:
         """Return the scales, shape (batch, length, 1, 1)."""
@@ -100,8 +100,8 @@ class LayerCache:
             ]
         (keys, key_scale), (values, value_scale) = self._stored
         return (
-            attention.key_quant.decode(keys, key_scale),
-            attention.value_quant.decode(values, value_scale),
+            attention.key_quant.decode(keys, key_scale, key.dtype),
+            attention.value_quant.decode(values, value_scale, value.dtype),
         )
 
     @property

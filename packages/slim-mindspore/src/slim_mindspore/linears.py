@@ -105,4 +105,4 @@ def check_known(what: str, names: list[str], known: list[str]) -> None:
         )
 
 
-FLOATS = (ms.float16, ms.float32, ms.bfloat16)
+FLOATS = (ms.float16, ms.float32, ms.float64, ms.bfloat16)

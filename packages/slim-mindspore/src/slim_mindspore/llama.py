@@ -1,6 +1,7 @@
 """A Llama in ``mindspore.nn``, with the cell and parameter names of MindFormers.
 
-It runs on a CPU in PyNative and in graph mode, has no fused kernels, and computes in float32.
+It runs on a CPU in PyNative and in graph mode, has no fused kernels, and computes in float32 or
+float64 (``LlamaConfig.dtype``).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from slim_mindspore.llama_config import LlamaConfig
 class RMSNorm(nn.Cell):  # type: ignore[misc]
     """``x / sqrt(mean(x^2) + eps) * weight``."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, dtype: str) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = Parameter(Tensor(np.ones(size, np.float32)), name="weight")
+        self.eps = Tensor(np.array(eps, dtype))  # MindSpore makes float32 of a Python number
+        self.weight = Parameter(Tensor(np.ones(size, dtype)), name="weight")
 
     def construct(self, x: Any) -> Any:
         """Normalize the last axis."""
@@ -31,9 +32,9 @@ class RMSNorm(nn.Cell):  # type: ignore[misc]
 class TokenEmbedding(nn.Cell):  # type: ignore[misc]
     """Rows of ``embedding_weight``, shape (vocabulary, hidden)."""
 
-    def __init__(self, vocab_size: int, size: int) -> None:
+    def __init__(self, vocab_size: int, size: int, dtype: str) -> None:
         super().__init__()
-        table = np.zeros((vocab_size, size), np.float32)
+        table = np.zeros((vocab_size, size), dtype)
         self.embedding_weight = Parameter(Tensor(table), name="embedding_weight")
 
     def construct(self, ids: Any) -> Any:
@@ -45,7 +46,8 @@ class Attention(nn.Cell):  # type: ignore[misc]
     """Causal grouped-query attention with rotary positions.
 
     ``key_quant`` and ``value_quant`` stand between the projections and the attention; they are
-    replaced to quantize the cache.
+    replaced to quantize the cache.  ``early_key_quant`` stands before the rotation instead, for
+    checkpoints whose scales of keys were found there.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -53,14 +55,15 @@ class Attention(nn.Cell):  # type: ignore[misc]
         self.heads, self.kv_heads = config.num_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        bias = config.attention_bias
-        self.wq = nn.Dense(config.hidden_size, width, has_bias=bias)
-        self.wk = nn.Dense(config.hidden_size, kv_width, has_bias=bias)
-        self.wv = nn.Dense(config.hidden_size, kv_width, has_bias=bias)
-        self.wo = nn.Dense(width, config.hidden_size, has_bias=bias)
+        options = {"has_bias": config.attention_bias, "dtype": getattr(ms, config.dtype)}
+        self.wq = nn.Dense(config.hidden_size, width, **options)
+        self.wk = nn.Dense(config.hidden_size, kv_width, **options)
+        self.wv = nn.Dense(config.hidden_size, kv_width, **options)
+        self.wo = nn.Dense(width, config.hidden_size, **options)
+        self.early_key_quant: Any = FloatKV()
         self.key_quant: Any = FloatKV()
         self.value_quant: Any = FloatKV()
-        self.scaling = float(self.head_dim) ** -0.5
+        self.scaling = Tensor(np.array(float(self.head_dim) ** -0.5, config.dtype))
 
     def construct(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
         """Attend within ``x``, shape (batch, length, hidden)."""
@@ -72,6 +75,7 @@ class Attention(nn.Cell):  # type: ignore[misc]
         batch, length, _ = x.shape
         query = self.wq(x).reshape(batch, length, self.heads, self.head_dim)
         key = self.wk(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        key = self.early_key_quant(key)
         value = self.wv(x).reshape(batch, length, self.kv_heads, self.head_dim)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
@@ -101,10 +105,10 @@ class FeedForward(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        bias = config.mlp_bias
-        self.w1 = nn.Dense(config.hidden_size, config.intermediate_size, has_bias=bias)
-        self.w2 = nn.Dense(config.intermediate_size, config.hidden_size, has_bias=bias)
-        self.w3 = nn.Dense(config.hidden_size, config.intermediate_size, has_bias=bias)
+        options = {"has_bias": config.mlp_bias, "dtype": getattr(ms, config.dtype)}
+        self.w1 = nn.Dense(config.hidden_size, config.intermediate_size, **options)
+        self.w2 = nn.Dense(config.intermediate_size, config.hidden_size, **options)
+        self.w3 = nn.Dense(config.hidden_size, config.intermediate_size, **options)
 
     def construct(self, x: Any) -> Any:
         """Apply the gated layer."""
@@ -118,8 +122,8 @@ class DecoderLayer(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
 
     def construct(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
         """Map hidden states to hidden states."""
@@ -139,9 +143,9 @@ class LlamaModel(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size, config.dtype)
         self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_layers)])
-        self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_out = RMSNorm(config.hidden_size, config.rms_norm_eps, config.dtype)
         cos, sin = rotary_tables(config)
         self.cos, self.sin = Tensor(cos), Tensor(sin)
         self.positions = Tensor(np.arange(config.max_positions, dtype=np.int32))
@@ -151,8 +155,8 @@ class LlamaModel(nn.Cell):  # type: ignore[misc]
         length = ids.shape[1]
         position = self.positions[:length]
         hidden = position.expand_dims(0) > position.expand_dims(1)
-        mask = ops.cast(hidden, ms.float32) * -1e9
         cos, sin = self.cos[:length], self.sin[:length]
+        mask = ops.cast(hidden, cos.dtype) * -1e9
         x = self.tok_embeddings(ids)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
@@ -163,8 +167,8 @@ class LlamaModel(nn.Cell):  # type: ignore[misc]
         start, length = cache.length, ids.shape[1]
         position = self.positions[: start + length]
         hidden = position.expand_dims(0) > position[start:].expand_dims(1)
-        mask = ops.cast(hidden, ms.float32) * -1e9
         cos, sin = self.cos[start : start + length], self.sin[start : start + length]
+        mask = ops.cast(hidden, cos.dtype) * -1e9
         x = self.tok_embeddings(ids)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer.decode(x, cos, sin, mask, layer_cache)
@@ -185,7 +189,10 @@ class LlamaForCausalLM(nn.Cell):  # type: ignore[misc]
         self.model = LlamaModel(config)
         self.tied = config.tie_word_embeddings
         if not self.tied:
-            self.lm_head = nn.Dense(config.hidden_size, config.vocab_size, has_bias=False)
+            dtype = getattr(ms, config.dtype)
+            self.lm_head = nn.Dense(
+                config.hidden_size, config.vocab_size, has_bias=False, dtype=dtype
+            )
         self.set_train(False)
 
     def construct(self, ids: Any) -> Any:
@@ -221,9 +228,10 @@ def rotate(x: Any, cos: Any, sin: Any) -> Any:
 
 
 def rotary_tables(config: LlamaConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines, float32, shape (positions, head_dim)."""
-    channel = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequency = np.float32(1.0) / np.float32(config.theta) ** channel
-    angle = np.arange(config.max_positions, dtype=np.float32)[:, None] * frequency[None, :]
-    angle = np.concatenate([angle, angle], axis=1).astype(np.float32)
+    """Return cosines and sines, shape (positions, head_dim), in the dtype of the network."""
+    real = np.dtype(config.dtype).type
+    channel = np.arange(0, config.head_dim, 2, dtype=real) / real(config.head_dim)
+    frequency = real(1.0) / real(config.theta) ** channel
+    angle = np.arange(config.max_positions, dtype=real)[:, None] * frequency[None, :]
+    angle = np.concatenate([angle, angle], axis=1)
     return np.cos(angle), np.sin(angle)

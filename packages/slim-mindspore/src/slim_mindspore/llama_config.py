@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slim_core.errors import InvalidValueError, StructureError
-from slim_core.validate import check_float, check_int
+from slim_core.validate import check_choice, check_float, check_int
 
 _HF_KEYS = {
     "vocab_size": "vocab_size",
@@ -33,11 +33,16 @@ class LlamaConfig:
     attention_bias, mlp_bias, tie_word_embeddings : bool
     eos_token_id : int or None
         Ends a generation.
+    dtype : {"float32", "float64"}
+        Of the parameters and of everything that is computed, quantized or not.  In float64 an
+        activation next to the middle between two codes does not depend on the order of sums, so
+        that results can be compared with those of another framework.
 
     Raises
     ------
     InvalidTypeError, InvalidValueError
-        A size is no positive int, or ``n_kv_heads`` does not divide ``num_heads``.
+        A size is no positive int, ``n_kv_heads`` does not divide ``num_heads``, or the dtype is
+        another one.
     """
 
     vocab_size: int
@@ -54,12 +59,14 @@ class LlamaConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in (*_HF_KEYS.values(), "n_kv_heads", "head_dim", "max_positions"):
             check_int(name, getattr(self, name), low=1)
         check_float("rms_norm_eps", self.rms_norm_eps, low=0.0)
         check_float("theta", self.theta, low=1.0)
+        check_choice("dtype", self.dtype, ("float32", "float64"))
         if self.num_heads % self.n_kv_heads:
             raise InvalidValueError(
                 f"n_kv_heads={self.n_kv_heads} does not divide num_heads={self.num_heads}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slim_core.attention_types import AFTER_ROTARY, read_attention
 from slim_core.errors import CheckpointError
 from slim_core.files import PathLike, as_path, check_input_file
 from slim_core.formats import DESCRIPTION_FILE
@@ -25,6 +25,7 @@ from slim_mindspore.sparse_format import decode_sparse
 from slim_mindspore.tensors import load_tensors, owner_of
 
 _MAX_DESCRIPTION = 64 << 20
+_CACHE_TENSORS = (".kv_cache_scale", ".kv_cache_offset")
 _MARKS = ("_handler.weight", PACKED, "deq_scale")
 
 
@@ -140,7 +141,8 @@ def fill_network(
     for name, attention in network.cells_and_names():
         if name in content.caches:
             scales = content.caches[name]
-            attention.key_quant = ChannelKV(scales.key, attention.kv_heads)
+            side = "key_quant" if scales.rotated else "early_key_quant"
+            setattr(attention, side, ChannelKV(scales.key, attention.kv_heads))
             attention.value_quant = ChannelKV(scales.value, attention.kv_heads)
         elif content.cache_per_token and hasattr(attention, "key_quant"):
             attention.key_quant, attention.value_quant = TokenKV(), TokenKV()
@@ -159,27 +161,32 @@ def _read_ascend(directory: Path) -> QuantizedTensors:
     for name in stored.layers:
         used.update(stored.tensor_names(name))
         content.layers[to_mindformers(name)] = SmoothedLinear(stored.layer(name))
-    scales: dict[str, np.ndarray] = {}
+    used.update(name for name in stored.checkpoint.tensors if name.endswith(_CACHE_TENSORS))
     for name in stored.checkpoint.tensors:
-        if name.endswith((".kv_cache_scale", ".kv_cache_offset")):
-            scales[to_mindformers(name)] = stored.checkpoint.load(name)
-        elif name not in used and not name.endswith("rotary_emb.inv_freq"):
+        if name not in used and not name.endswith("rotary_emb.inv_freq"):
             content.floats[to_mindformers(name)] = stored.checkpoint.load(name)
-    content.caches = _ascend_caches(scales)
+    content.caches = _ascend_caches(stored)
     return content
 
 
-def _ascend_caches(tensors: Mapping[str, np.ndarray]) -> dict[str, CacheScales]:
-    for name, tensor in tensors.items():
-        if name.endswith("offset") and tensor.any():
-            raise CheckpointError(f"{name} is not 0; only symmetric caches are read")
-    keys = [name.removesuffix(".wk.kv_cache_scale") for name in tensors if ".wk.kv_c" in name]
+def _ascend_caches(stored: QuantizedCheckpoint) -> dict[str, CacheScales]:
+    attention_parts = read_attention(stored.description, stored.checkpoint.load)
+    if attention_parts.attentions:
+        name = next(iter(attention_parts.attentions))
+        raise CheckpointError(f"{name} has int8 queries, which this Llama cannot compute")
+    found = {to_mindformers(name): params for name, params in attention_parts.caches.items()}
+    for name, (_, offset) in found.items():
+        if offset.any():
+            raise CheckpointError(f"the cache of {name} has offsets; only symmetric ones are read")
+    rotated = bool(stored.description.get("metadata", {}).get(AFTER_ROTARY))
     caches = {}
-    for attention in dict.fromkeys(name.removesuffix(".wk.kv_cache_offset") for name in keys):
-        sides = [f"{attention}.{cell}.kv_cache_scale" for cell in ("wk", "wv")]
-        if any(side not in tensors for side in sides):
+    for name in found:
+        attention = name.rpartition(".")[0]
+        sides = [f"{attention}.{cell}" for cell in ("wk", "wv")]
+        if any(side not in found for side in sides):
             raise CheckpointError(f"{attention} has the cache scales of one side only")
-        caches[attention] = CacheScales(*(tensors[side].astype(np.float32) for side in sides))
+        key, value = (found[side][0] for side in sides)
+        caches[attention] = CacheScales(key, value, rotated)
     return caches
 
 

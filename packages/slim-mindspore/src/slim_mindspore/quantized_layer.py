@@ -36,10 +36,18 @@ class SmoothedLinear:
 
 @dataclass(frozen=True, eq=False)
 class CacheScales:
-    """Scales of an int8 cache, float32, shape (kv_heads * head_dim,) each."""
+    """Scales of an int8 cache.
+
+    Parameters
+    ----------
+    key, value : numpy.ndarray, float32, shape (kv_heads * head_dim,)
+    rotated : bool
+        Whether the scales of keys are those after the rotary embedding.
+    """
 
     key: np.ndarray
     value: np.ndarray
+    rotated: bool = True
 
 
 def type_name(scheme: QuantScheme) -> str:

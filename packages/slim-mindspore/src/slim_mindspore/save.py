@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slim_core.attention_types import AFTER_ROTARY
 from slim_core.checkpoint import copy_side_files, open_checkpoint
 from slim_core.errors import CheckpointError, PlanError
 from slim_core.export import CheckpointExport
@@ -162,8 +163,7 @@ def _add_caches(export: CheckpointExport, quantized: QuantizedNetwork) -> None:
             export.add_float(f"{name}.kv_cache_scale", scale, CACHE_TYPE)
             export.add_float(f"{name}.kv_cache_offset", np.zeros_like(scale), CACHE_TYPE)
     if quantized.caches:
-        export.describe("kv_quant_type", CACHE_TYPE)
-        export.describe("kv_cache_type", CACHE_TYPE)
+        export.note(AFTER_ROTARY, True)
 
 
 def _collect(

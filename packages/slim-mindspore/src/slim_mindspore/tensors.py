@@ -93,7 +93,7 @@ def load_into(
     CheckpointError
         A parameter is missing, unexpected, or of another shape or kind; nothing was set.
     """
-    from slim_mindspore.framework import Tensor
+    from slim_mindspore.framework import Tensor, ms
 
     parameters = dict(network.parameters_and_names())
     compare_names(what, {name: p.shape for name, p in parameters.items()}, tensors)
@@ -106,7 +106,7 @@ def load_into(
     for name, parameter in parameters.items():
         array = tensors[name]
         if not np.issubdtype(array.dtype, np.integer):
-            array = array.astype(np.float32)
+            array = array.astype(np.float64 if parameter.dtype == ms.float64 else np.float32)
         parameter.set_data(Tensor(np.ascontiguousarray(array)).astype(parameter.dtype))
 
 

@@ -14,6 +14,7 @@ from slim_core.errors import CheckpointError, StructureError
 from slim_core.files import PathLike, as_path
 from slim_core.quantized import QuantizedCheckpoint, is_quantized
 from slim_core.tensor_parallel import TYPE, slice_name
+from slim_core.validate import check_choice
 from slim_ptq.attention.restore import restore_attention
 from slim_ptq.devices import torch_device
 from slim_ptq.loading import empty_model, load_parameters, model_factory
@@ -24,31 +25,58 @@ from slim_ptq.tensor_parallel import restored
 from slim_ptq.tensors import from_numpy
 from slim_ptq.transforms import add_bias
 
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-def load_model(path: PathLike, *, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+
+def load_model(
+    path: PathLike,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Return the model of a directory, ready to run and to generate text.
 
     A quantized directory gives the float model with its quantized layers replaced by
-    :class:`~slim_ptq.modules.FakeQuantLinear`, which compute what an engine computes.  On the CPU
-    everything else is float32, elsewhere the dtype of the model.
+    :class:`~slim_ptq.modules.FakeQuantLinear`, which compute what an engine computes.
+
+    Parameters
+    ----------
+    path : path
+    device : str
+    dtype : {"float32", "float64"}, optional
+        Of weights that are not quantized and of activations; float32 on the CPU and the dtype of
+        the model elsewhere if None.  In float64 an activation next to the middle between two codes
+        does not depend on the order of sums, so that results can be compared with those of another
+        framework.  What the code of the model casts to float32 (norms and rotary angles in
+        transformers) stays there.
+    trust_remote_code : bool
+        Run model code that lies in the directory.
 
     Raises
     ------
+    InvalidValueError, DeviceError
+        An argument is wrong.
     CheckpointError, StructureError
         The directory holds no model that transformers can build, or its tensors do not fit.
     """
     root = as_path("path", path)
     place = torch_device(device)
+    wanted = None if dtype is None else _DTYPES[check_choice("dtype", dtype, _DTYPES)]
+    if wanted is None and place.type == "cpu":
+        wanted = torch.float32
     if is_quantized(root):
-        return _load_quantized(root, place, trust_remote_code)
-    return _load_float(root, place, trust_remote_code)
+        return _load_quantized(root, place, wanted, trust_remote_code)
+    return _load_float(root, place, wanted, trust_remote_code)
 
 
-def _load_float(root: Path, device: torch.device, trust_remote_code: bool) -> Any:
+def _load_float(
+    root: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Any:
     try:
         model = model_factory(open_checkpoint(root).config).from_pretrained(
             root,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
+            dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
@@ -57,13 +85,14 @@ def _load_float(root: Path, device: torch.device, trust_remote_code: bool) -> An
     return model.to(device).eval()
 
 
-def _load_quantized(root: Path, device: torch.device, trust_remote_code: bool) -> Any:
+def _load_quantized(
+    root: Path, device: torch.device, wanted: torch.dtype | None, trust_remote_code: bool
+) -> Any:
     stored = QuantizedCheckpoint(root)
     model = empty_model(stored.checkpoint, trust_remote_code=trust_remote_code)
     unfuse_experts(model)
     rename = checkpoint_names(model)
-    native: torch.dtype = getattr(torch, stored.model_dtype)
-    dtype = torch.float32 if device.type == "cpu" else native
+    dtype: torch.dtype = wanted or getattr(torch, stored.model_dtype)
     left = dict(stored.layers) | dict.fromkeys(stored.slices, TYPE)
     linears: dict[str, str] = {}
     for path in find_linears(model):

@@ -18,6 +18,7 @@ from slim_core.numerics import quantize, quantize_per_token
 from slim_core.scheme import Granularity, Variant
 from slim_core.tables import decode_table
 from slim_core.two_stage import SECOND_SCALE, two_stage_integers
+from slim_ptq.emulate import working
 from slim_ptq.tensors import from_numpy
 
 
@@ -32,7 +33,8 @@ class FakeQuantLinear(nn.Module):
     * activations in groups: ``y = x_q @ W_q.T + bias``
     * float activations: ``y = x @ W_q.T + bias``
 
-    FlatQuant transforms ``x`` before it is quantized.
+    FlatQuant transforms ``x`` before it is quantized.  Inputs of float64 are computed in float64,
+    on the scales as they are stored.
 
     Parameters
     ----------
@@ -92,10 +94,13 @@ class FakeQuantLinear(nn.Module):
         activation = self.scheme.activation
         if activation is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return functional.linear(x, self.weight.to(x.dtype), bias)
+            exact = x.dtype == torch.float64
+            weight = self._in_float64().dequantized() if exact else self.weight.to(x.dtype)
+            return functional.linear(x, weight, bias)
         if activation.granularity is Granularity.PER_GROUP:
             values = round_groups(self._transformed(x), activation)
-            y = functional.linear(values, self.layer("").multiplied())
+            layer = self._in_float64() if x.dtype == torch.float64 else self.layer("")
+            y = functional.linear(values, layer.multiplied())
             return self._with_bias(y).to(x.dtype)
         is_sequence = x.ndim > 1 and x.shape[-2] > 1
         if self.scheme.is_static and not (self.scheme.variant is Variant.MIX and is_sequence):
@@ -111,31 +116,39 @@ class FakeQuantLinear(nn.Module):
         )
 
     def _static(self, x: torch.Tensor, dtype: IntType) -> torch.Tensor:
-        codes = quantize(x.float(), self.input_scale, self.input_offset, dtype)
-        products = functional.linear(codes.float(), self.codes.float())
+        exact = working(x)
+        codes = quantize(exact, self.input_scale, self.input_offset, dtype)
+        products = functional.linear(codes.to(exact.dtype), self.codes.to(exact.dtype))
         y: torch.Tensor = (products + self.quant_bias) * self.deq_scale
         return y.to(x.dtype)
 
     def _per_token(self, x: torch.Tensor, dtype: CodeType) -> torch.Tensor:
         flat = self.scheme.variant is Variant.FLATQUANT
         clip_ratio = (self.get_buffer("clip_ratio"),) if flat else ()
-        codes, scale = quantize_per_token(self._transformed(x), dtype, *clip_ratio)
+        moved = self._transformed(x)
+        codes, scale = quantize_per_token(moved, dtype, *clip_ratio)
         if SECOND_SCALE in self._extras:
             weight = two_stage_integers(self.codes, self.get_buffer(SECOND_SCALE))
         else:
             assert self.scheme.weight is not None  # narrowing
             weight = _levels(self.codes, self.scheme.weight.dtype)
-        products = functional.linear(_levels(codes, dtype), weight)
+        levels = _levels(codes, dtype).to(moved.dtype)
+        products = functional.linear(levels, weight.to(moved.dtype))
         y: torch.Tensor = products * scale * self.weight_scale.reshape(-1)
         return self._with_bias(y).to(x.dtype)
 
     def _transformed(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input as it is quantized, float32."""
+        """Return the input as it is quantized, in the dtype of :func:`working`."""
+        x = working(x)
         if self.scheme.variant is not Variant.FLATQUANT:
-            return x.float()
+            return x
         factors = self.get_buffer("left_trans"), self.get_buffer("right_trans")
-        moved: torch.Tensor = transform_input(x.float(), *factors)
+        moved: torch.Tensor = transform_input(x, *(factor.to(x.dtype) for factor in factors))
         return moved
+
+    def _in_float64(self) -> QuantizedLinear:
+        """Return the layer with its scales in float64, so that its weight is formed there."""
+        return self.layer("").map_tensors(lambda t: t.double() if t.is_floating_point() else t)
 
     def _with_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias

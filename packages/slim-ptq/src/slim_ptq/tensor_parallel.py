@@ -13,7 +13,7 @@ from torch import nn
 
 from slim_core.dtypes import INT8
 from slim_core.errors import InvalidValueError, StructureError
-from slim_core.numerics import affine_params, dequantize, quantize
+from slim_core.numerics import affine_params
 from slim_core.scheme import Granularity, QuantScheme, TensorScheme
 from slim_core.tensor_parallel import (
     GATHER,
@@ -23,6 +23,7 @@ from slim_core.tensor_parallel import (
     layer_of,
 )
 from slim_ptq.calibration.samples import Sample, feed
+from slim_ptq.emulate import through_int8
 from slim_ptq.modules import FakeQuantLinear, as_torch, on_device
 from slim_ptq.structure import weight_of
 from slim_ptq.tensors import from_numpy
@@ -75,10 +76,10 @@ class ParallelLinear(nn.Module):
         parts = [layer(part) for layer, part in zip(self.tp_list, inputs, strict=True)]
         if self.reduce_scale is not None:
             scales = self.reduce_scale.expand(len(parts), -1)
-            parts = [_round(part, scale) for part, scale in zip(parts, scales, strict=True)]
+            parts = [through_int8(part, scale) for part, scale in zip(parts, scales, strict=True)]
         total = torch.stack(parts).sum(0)
         if self.gather_scale is not None:
-            total = _round(total, self.gather_scale)
+            total = through_int8(total, self.gather_scale)
         if self.watch is not None:
             self.watch(parts, total)
         return total
@@ -203,9 +204,3 @@ def _peak(values: torch.Tensor, kept: int) -> torch.Tensor:
     """Return the largest magnitudes over all axes but the first ``kept`` and the last."""
     flat = values.detach().float().abs().flatten(kept, -2)
     return flat.amax(dim=kept)
-
-
-def _round(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    scale = scale.to(values.device)
-    rounded: torch.Tensor = dequantize(quantize(values.float(), scale, None, INT8), scale, None)
-    return rounded.to(values.dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from slim_core.dtypes import INT8
-from slim_core.numerics import affine_params, dequantize, quantize
+from slim_core.numerics import affine_params
 from slim_core.scheme import Granularity, TensorScheme
+from slim_ptq.emulate import through_int8
 
 SHARE = 0.9999  # of the values of a head that the interval of queries and keys holds
 _SCHEME = TensorScheme(INT8, Granularity.PER_CHANNEL)
@@ -85,9 +86,7 @@ def round_heads(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     ----------
     scale : torch.Tensor, float32, shape (heads, 1)
     """
-    step = scale[..., None]
-    rounded: torch.Tensor = dequantize(quantize(states.float(), step, None, INT8), step, None)
-    return rounded.to(states.dtype)
+    return through_int8(states, scale[..., None])
 
 
 def _extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

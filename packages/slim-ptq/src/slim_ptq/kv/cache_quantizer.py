@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slim_core.dtypes import INT8
-from slim_core.numerics import dequantize, quantize
+from slim_ptq.emulate import through_int8
 
 CHILD = "kv_cache_"
 
@@ -49,9 +48,10 @@ class CacheQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x``, shape (..., out), with its cached channels rounded."""
         if self.channels is None:
-            return self._round(x)
+            return through_int8(x, self.scale, self.offset)
         channels = self.channels.to(x.device)
-        return x.index_copy(-1, channels, self._round(x.index_select(-1, channels)))
+        rounded = through_int8(x.index_select(-1, channels), self.scale, self.offset)
+        return x.index_copy(-1, channels, rounded)
 
     def tensor_names(self, linear: str) -> tuple[str, str]:
         """Return the names of scale and offset in the checkpoint.
@@ -63,12 +63,6 @@ class CacheQuantizer(nn.Module):
         """
         prefix = linear if self.channels is None else f"{linear}.{self.part}"
         return f"{prefix}.kv_cache_scale", f"{prefix}.kv_cache_offset"
-
-    def _round(self, x: torch.Tensor) -> torch.Tensor:
-        scale, offset = self.scale.to(x.device), self.offset.to(x.device)
-        codes = quantize(x.float(), scale, offset, INT8)
-        rounded: torch.Tensor = dequantize(codes, scale, offset)
-        return rounded.to(x.dtype)
 
 
 def attach(linear: nn.Module, quantizer: CacheQuantizer) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from slim_core.dtypes import INT8
 from slim_core.errors import StructureError
-from slim_core.numerics import dequantize, quantize
 from slim_ptq.attention.install import reachable_attention
 from slim_ptq.attention.states import StatesQuantizer
+from slim_ptq.emulate import through_int8
 
 
 class KeyWatcher(StatesQuantizer):
@@ -51,12 +50,10 @@ class RotatedKeys(StatesQuantizer):
             return states
         _, heads, _, channels = states.shape
         scale, offset = (
-            part.to(states.device).expand(heads * channels).reshape(heads, 1, channels)
+            part.expand(heads * channels).reshape(heads, 1, channels)
             for part in (self.scale, self.offset)
         )
-        codes = quantize(states.float(), scale, offset, INT8)
-        rounded: torch.Tensor = dequantize(codes, scale, offset)
-        return rounded.to(states.dtype)
+        return through_int8(states, scale, offset)
 
 
 def only_attention(block: nn.Module, prefix: str) -> str:
