@@ -188,7 +188,7 @@ def bench_peers(session: nox.Session) -> None:
 
 def run_peer(session: nox.Session, tool: str) -> None:
     """Quantize with another tool what the session bench-peers has prepared."""
-    session.install("-c", "constraints.txt", "torch", tool)
+    session.install("-c", "constraints.txt", "torch", "transformers", tool)
     for work in session.posargs:
         session.run("python", f"{COMPARISON}/worker.py", tool, work, env=OFFLINE)
 

@@ -53,6 +53,9 @@ def page(
     versions = ", ".join(f"{name} {version}" for name, version in result["tools"].items())
     lines = [HEAD.format(command=result["command"], tools=versions)]
     lines += ["## Verdicts", "", *verdicts(groups), ""]
+    if result["failed"]:
+        lines += ["Not in the tables, since it failed:", ""]
+        lines += [f"* {label}: `{error}`" for label, error in result["failed"].items()] + [""]
     lines += [] if speed is None else speed_table(speed)
     for (model, scheme), found in groups.items():
         lines += [

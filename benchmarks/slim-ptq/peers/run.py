@@ -104,6 +104,7 @@ def report(work: Path, known: dict[str, Any]) -> None:
     result = {
         "question": "what is lost on the same windows after quantization on the same tokens",
         "tools": {tool: _version(work, tool) for tool in TOOLS},
+        "failed": _failed(work),
         "float": {name: known[name]["perplexity"] for name in MODELS if name in known},
     }
     save("peers", COMMAND, {**result, "rows": [_summary(row) for row in rows]})
@@ -116,6 +117,18 @@ def report(work: Path, known: dict[str, Any]) -> None:
 def _version(work: Path, tool: str) -> str:
     file = work / f"{tool}.version"
     return file.read_text() if file.exists() else "not run"
+
+
+def _failed(work: Path) -> dict[str, str]:
+    """Return what tools could not do, and how they put it."""
+    failed = {}
+    for tool in TOOLS:
+        for case in cases(tool, work):
+            file = work / "out" / f"{case['name']}.error"
+            if file.exists():
+                label = f"{case['method']} of {tool} on {Path(case['model']).name}"
+                failed[label] = file.read_text().splitlines()[0][:200]
+    return failed
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -132,12 +145,7 @@ def _measured(work: Path, tool: str, case: dict[str, Any], judge: Judge) -> dict
     """Return what a case gives, None where its tool has not run."""
     if tool != OURS:
         file = work / "out" / f"{case['name']}.safetensors"
-        if file.exists():
-            return judge.judge_file(file)
-        failed = file.with_suffix(".error")
-        if failed.exists():
-            print(f"{case['name']}: {failed.read_text()[:300]}", flush=True)
-        return None
+        return judge.judge_file(file) if file.exists() else None
     calibration = Path(case["calibration"])
     model = quantized(Path(case["model"]), calibration, _scheme_of(case), case["method"])
     return judge.judge(model)
