@@ -1,19 +1,25 @@
 """How fast weights-only W8A16 is, against moving the same bytes and against optimum-quanto.
 
-All read the same random bfloat16 Llama.  slim-ptq flushes what it writes to disk before it gives it
-its name, and so does the plain transfer of as many bytes; a file copy and optimum-quanto do not.
+All read the same random bfloat16 Llama and flush what they write to disk; slim-ptq reads it back
+too.  Runs take turns, since the speed of a disk, and of memory that a virtual machine touches for
+the first time, changes from second to second.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from _common import REPEATS, best_of, save, write_llama
+from _common import save, write_llama
 from optimum.quanto import QuantizedModelForCausalLM, qint8
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +31,8 @@ from slim_ptq.methods import MinMax, relative_error
 from slim_ptq.tensors import from_numpy
 
 COMMAND = "nox -s bench-slim-ptq"
+ROUNDS = 7
+BUFFER = 16 << 20  # bytes
 
 
 def with_quanto(model: Path, output: Path) -> None:
@@ -32,40 +40,59 @@ def with_quanto(model: Path, output: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     quantized = QuantizedModelForCausalLM.quantize(loaded, weights=qint8, exclude="lm_head")
     quantized.save_pretrained(output)
+    flush(output)
 
 
-def kernel_only(model: Path) -> float:
-    """Return the seconds that the arithmetic alone takes, on weights in memory."""
+def arithmetic(model: Path) -> Callable[[], None]:
+    """Return the work of slim-ptq on weights in memory, on all cores as the pipeline does it."""
     checkpoint = open_checkpoint(model)
-    linears = take_inventory(checkpoint).linears
+    weights = [from_numpy(checkpoint.load(f"{n}.weight")) for n in take_inventory(checkpoint).linears]
     scheme = QuantScheme.parse("w8a16")
+    threads = torch.get_num_threads()
 
-    def quantize_and_measure(weight: torch.Tensor) -> None:
+    def one(weight: torch.Tensor) -> None:
         layer = MinMax().quantize("", weight, scheme.weight).layer("", scheme, None, "bfloat16")
         relative_error(weight, layer)
 
-    total = 0.0
-    for name in linears:
-        weight = from_numpy(checkpoint.load(f"{name}.weight"))
-        total += best_of(lambda w=weight: quantize_and_measure(w))
-    return total
+    def run() -> None:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(one, weights))
+
+    return run
+
+
+def memory_copy(read: int, written: int) -> Callable[[], None]:
+    """Return a copy of so many bytes from memory to memory, in pieces, once read and once written."""
+    source, target = np.ones(BUFFER, np.uint8), np.ones(BUFFER, np.uint8)
+
+    def run() -> None:
+        for _ in range((read + written) // BUFFER):
+            target[:] = source
+
+    return run
 
 
 def files_of(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def forget(directory: Path) -> None:
-    """Have the next reader of the weights wait for the disk."""
+def flush(directory: Path) -> None:
     for file in files_of(directory):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
+
+
+def forget(directory: Path) -> None:
+    """Have the next reader of the weights wait for the disk."""
+    flush(directory)
+    for file in files_of(directory):
+        with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def transfer(source: Path, target: Path, nbytes: int) -> None:
     """Read all weights, and write so many bytes of them to disk."""
-    buffer = memoryview(bytearray(16 << 20))
+    buffer = memoryview(bytearray(BUFFER))
     left = nbytes
     with target.open("wb", buffering=0) as out:
         for file in files_of(source):
@@ -74,6 +101,38 @@ def transfer(source: Path, target: Path, nbytes: int) -> None:
                     left -= out.write(buffer[: min(count, left)])
         os.fsync(out.fileno())
     target.unlink()
+
+
+def measured(runs: dict[str, tuple[bool, Callable[[], object]]], model: Path) -> dict[str, Any]:
+    """Return the seconds of each run, in turns; of wall time and of the processors.
+
+    Parameters
+    ----------
+    runs : dict
+        Whether the model is to come from disk, and what to run.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    busy: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(ROUNDS + 1):
+        for name, (cold, run) in runs.items():
+            os.sync()
+            if cold:
+                forget(model)
+            before, started = os.times(), time.perf_counter()
+            run()
+            seconds, after = time.perf_counter() - started, os.times()
+            if number:  # the first round imports, and touches memory for the first time
+                wall[name].append(seconds)
+                busy[name].append(after.user + after.system - before.user - before.system)
+    return {
+        name: {
+            "median": round(statistics.median(times), 3),
+            "smallest": round(min(times), 3),
+            "largest": round(max(times), 3),
+            "processor": round(statistics.median(busy[name]), 3),
+        }
+        for name, times in wall.items()
+    }
 
 
 def main() -> None:
@@ -87,45 +146,51 @@ def main() -> None:
             shutil.rmtree(root / name, ignore_errors=True)
             return root / name
 
-        def from_disk(run: Callable[[], object]) -> float:
-            times = []
-            for _ in range(REPEATS):
-                forget(model)
-                times.append(best_of(run, 1))
-            return min(times)
-
         def slim() -> None:
-            quantize(model, fresh("slim"), scheme="w8a16")
+            quantize(model, root / "slim", scheme="w8a16", overwrite=True)
 
         slim()
         written = sum(file.stat().st_size for file in files_of(root / "slim"))
-        seconds = {
-            "the same bytes read from disk and written to it": from_disk(
-                lambda: transfer(model, root / "bytes", written)
-            ),
-            "slim-ptq w8a16, from disk": from_disk(slim),
-            "file copy, from memory, not flushed": best_of(
-                lambda: shutil.copytree(model, fresh("copy"))
-            ),
-            "slim-ptq w8a16, from memory": best_of(slim),
-            "optimum-quanto qint8, from memory, not flushed": best_of(
-                lambda: with_quanto(model, fresh("quanto"))
-            ),
-            "arithmetic of slim-ptq alone": kernel_only(model),
-        }
-    transferred, slim_seconds, *_ = seconds.values()
+
+        def moved() -> None:
+            transfer(model, root / "bytes", written)
+
+        seconds = measured(
+            {
+                "transfer, from disk": (True, moved),
+                "slim-ptq w8a16, from disk": (True, slim),
+                "transfer, from memory": (False, moved),
+                "slim-ptq w8a16, from memory": (False, slim),
+                "optimum-quanto qint8, from memory": (
+                    False,
+                    lambda: with_quanto(model, fresh("quanto")),
+                ),
+                "arithmetic of slim-ptq alone": (False, arithmetic(model)),
+                "copy of the bytes in memory": (False, memory_copy(nbytes, written)),
+            },
+            model,
+        )
+    slim_disk = seconds["slim-ptq w8a16, from disk"]
     save(
         "weights_only",
         COMMAND,
         {
-            "question": f"gigabytes of bfloat16 weights a second, best of {REPEATS}",
+            "question": f"seconds of W8A16, {ROUNDS} runs each in turns; processor: of all cores",
             "threads": torch.get_num_threads(),
             "model_gigabytes": nbytes / 1e9,
             "written_gigabytes": written / 1e9,
-            "gigabytes_per_second": {
-                name: round(nbytes / value / 1e9, 3) for name, value in seconds.items()
-            },
-            "slim_over_transfer_seconds": round(slim_seconds / transferred, 3),
+            "seconds": seconds,
+            "slim_over_transfer_from_disk": round(
+                slim_disk["median"] / seconds["transfer, from disk"]["median"], 3
+            ),
+            "slim_over_quanto_from_memory": round(
+                seconds["slim-ptq w8a16, from memory"]["median"]
+                / seconds["optimum-quanto qint8, from memory"]["median"],
+                3,
+            ),
+            "cores_busy": round(
+                slim_disk["processor"] / slim_disk["median"] / torch.get_num_threads(), 3
+            ),
         },
     )
 

@@ -101,6 +101,18 @@ class TestQuantize:
         assert report["scheme"] == "w8a16"
         assert len(report["layers"]) == 14
 
+    def test_a_stream_of_json(self, saved_model: Factory, tmp_path: Path) -> None:
+        result = run(
+            *("quantize", saved_model("llama"), tmp_path / "out", "--scheme", "w8a16"),
+            *("--events", "-"),
+        )
+        assert result.exit_code == 0
+        *steps, report = map(json.loads, result.stdout.splitlines())
+        stages = [step["stage"] for step in steps]
+        assert stages.count("Quantizing weights") == steps[0]["total"]
+        assert "Verifying" in stages
+        assert report == json.loads((tmp_path / "out" / "slim_report.json").read_text())
+
     def test_recipe(self, saved_model: Factory, calib: Path, tmp_path: Path) -> None:
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("scheme: w8a8_dynamic\nexclude: ['*.down_proj']\nformat: safe_tensor\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -265,8 +266,12 @@ def test_the_command_says_how_to_go_on(source: Path, calibration: Path, tmp_path
         env={**os.environ, "INTERRUPTED_BEFORE_BLOCK": "2"},
     )
     assert stopped.returncode == 130
-    assert "interrupted; the same command with --resume goes on" in stopped.stderr
-    done = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True)
+    said, how = stopped.stderr.splitlines()[-2:]
+    assert said == "finished steps are kept; go on with:"
+    assert shlex.split(how) == ["slim-ptq", *command[2:], "--resume"]
+    done = subprocess.run(
+        [*command[:2], *shlex.split(how)[1:]], check=True, capture_output=True, text=True
+    )
     assert "written to" in done.stdout
     steps = [json.loads(line) for line in events.read_text().splitlines()]
     blocks = [step["done"] for step in steps if step["stage"] == "Quantizing blocks"]

@@ -71,6 +71,11 @@ def partial_path(output: PathLike) -> Path:
     return final.with_name(f".{final.name[:200]}.partial")
 
 
+def is_resumable(output: PathLike) -> bool:
+    """Return whether an interrupted run of an output has left a state to go on from."""
+    return (partial_path(output) / _JOURNAL).exists()
+
+
 @contextlib.contextmanager
 def resumable_dir(
     output: PathLike,

@@ -13,6 +13,7 @@ from slim_ptq.__about__ import __version__
 from slim_ptq.commands.analyze import analyze
 from slim_ptq.commands.evaluate import evaluate
 from slim_ptq.commands.options import (
+    STDOUT,
     ActivationGib,
     AsJson,
     Calib,
@@ -53,6 +54,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -64,7 +66,9 @@ def options(
 ) -> None:
     """Quantize Hugging Face language models for Ascend and other engines."""
     from slim_core.logging import add_log_file, set_logger_level
+    from slim_core.progress import plain_progress
 
+    context.with_resource(plain_progress())
     with show_errors():
         set_logger_level(log_level)
         if log_file is not None:
@@ -115,6 +119,9 @@ def quantize(
             trust_remote_code=trust_remote_code,
         )
         if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks for all
+            return
+        if events == STDOUT:
+            typer.echo(json.dumps(report.to_dict()))
             return
         if as_json:
             typer.echo(report.to_json())

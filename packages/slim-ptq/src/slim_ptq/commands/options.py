@@ -6,6 +6,9 @@ Only the standard library and typer are imported here, so ``--help`` is instant.
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +64,12 @@ ActivationGib = Annotated[
 ]
 Events = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Append one line of JSON for every step to this file."),
+    typer.Option(
+        help="Append one line of JSON for every step to this file; - is standard output, whose "
+        "last line is then the report."
+    ),
 ]
+STDOUT = Path("-")  # for --events
 Metric = Annotated[
     str,
     typer.Option(help="How layers are ranked: std, quantile, kurtosis, layer_error, model_error."),
@@ -95,10 +102,13 @@ def quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def step_events(path: Path | None) -> Iterator[None]:
-    """Write the events of all steps to a file, if one is given."""
+    """Write the events of all steps to a file or to standard output, if one is given."""
     from slim_core.progress import writing_events
 
-    with contextlib.nullcontext() if path is None else writing_events(path):
+    if path is None:
+        yield
+        return
+    with writing_events(sys.stdout if path == STDOUT else path):
         yield
 
 
@@ -120,16 +130,36 @@ def show_errors(output: Path | None = None) -> Iterator[None]:
         mistakes = (InvalidTypeError, InvalidValueError, OutputExistsError)
         sys.exit(2 if isinstance(error, mistakes) else 1)
     except OSError as error:
-        typer.echo(f"error: {error}{_how_to_go_on(output)}", err=True)
+        typer.echo(f"error: {error}", err=True)
+        _say_how_to_go_on(output)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted{_how_to_go_on(output) or '; nothing was written'}", err=True)
+        typer.echo("interrupted", err=True)
+        if not _say_how_to_go_on(output):
+            typer.echo("nothing was written", err=True)
         sys.exit(130)
 
 
-def _how_to_go_on(output: Path | None) -> str:
-    from slim_core.resume import partial_path
+def _say_how_to_go_on(output: Path | None) -> bool:
+    """Print the command that goes on with what was interrupted, if anything is left of it."""
+    from slim_core.resume import is_resumable
 
-    if output is None or not partial_path(output).exists():
-        return ""
-    return "; the same command with --resume goes on from the last finished step"
+    if output is None or not is_resumable(output):
+        return False
+    typer.echo(f"finished steps are kept; go on with:\n  {_resuming_command()}", err=True)
+    return True
+
+
+def _resuming_command() -> str:
+    """Return this command with --resume, for a shell."""
+    program, *arguments = sys.argv
+    name = Path(program).name
+    start = [name if shutil.which(name) == program else program]
+    if name == "__main__.py":
+        start = [sys.executable, "-m", "slim_ptq"]
+    if "LOCAL_RANK" in os.environ:  # torchrun tells a process nothing of its own options
+        start = ["torchrun", "...", "-m", "slim_ptq"]
+    if "--resume" not in arguments:
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        arguments.insert(end, "--resume")
+    return shlex.join([*start, *arguments])

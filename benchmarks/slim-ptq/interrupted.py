@@ -1,0 +1,149 @@
+"""Whether a run that is killed again and again ends in the bytes of one that was left alone.
+
+Models of several gigabytes, so that kills fall on everything that a run does: reading, calibrating,
+writing, flushing, verifying.  Every attempt is ended by SIGKILL after a random time and the next one
+goes on with ``--resume``; what the last one leaves is compared file by file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import save, write_llama
+
+COMMAND = "nox -s bench-slim-ptq"
+SAMPLES, LENGTH = 4, 128
+JOBS: dict[str, tuple[dict[str, int], list[str], int]] = {  # model, options, kills
+    "w8a8": ({"layers": 24, "hidden": 2048, "inter": 5632}, ["--scheme", "w8a8"], 8),
+    "w8a8, hidden states on disk": (
+        {"layers": 12, "hidden": 1024, "inter": 2816},
+        ["--scheme", "w8a8", "--activation-gib", "0"],
+        6,
+    ),
+    "w4a16_g128 by gptq": (
+        {"layers": 6, "hidden": 1024, "inter": 2816},
+        ["--scheme", "w4a16_g128", "--method", "gptq"],
+        6,
+    ),
+    "w8a16": ({"layers": 24, "hidden": 2048, "inter": 5632}, ["--scheme", "w8a16"], 6),
+}
+LATE = 2  # of the kills come while what was written is verified
+
+
+def started(model: Path, output: Path, options: list[str], events: Path) -> subprocess.Popen[bytes]:
+    """Begin or go on."""
+    command = [sys.executable, "-m", "slim_ptq", "quantize", str(model), str(output), *options]
+    command += ["--resume", "--events", str(events)]
+    return subprocess.Popen(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL
+    )
+
+
+def killed(process: subprocess.Popen[bytes], seconds: float, sign: Path | None) -> bool:
+    """Kill a process some seconds after it began, or after a file told of a stage; False if it
+    was done before."""
+    try:
+        while sign is not None and '"Verifying"' not in read(sign):
+            if process.poll() is not None:
+                break
+            time.sleep(0.005)
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    if process.returncode:
+        raise RuntimeError(f"{process.args} ended with {process.returncode}")
+    return False
+
+
+def read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Return a hash of every file but the reports, which tell times."""
+    found = {}
+    for file in sorted(directory.iterdir()):
+        if not file.name.startswith("slim_report"):
+            with file.open("rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def last_step(events: Path) -> str:
+    """Return the last step that was reported."""
+    lines = read(events).splitlines()
+    if not lines:
+        return "none"
+    event = json.loads(lines[-1])
+    return f"{event['stage']}: {event['done']} of {event['total']}"
+
+
+def run(root: Path, name: str) -> dict[str, Any]:
+    """Run a job undisturbed and killed, and compare."""
+    shape, options, kills = JOBS[name]
+    chance = random.Random(name)
+    model, whole, out = root / "model", root / "whole", root / "out"
+    if not model.exists():
+        write_llama(model, **shape)
+    nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if "w8a16" not in options:
+        ids = torch.randint(2, 2000, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+        data = root / "calib.jsonl"
+        data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
+        options = [*options, "--calib", str(data), "--length", str(LENGTH)]
+    begun = time.perf_counter()
+    if killed(started(model, whole, options, root / "events-whole"), 3600, None):
+        raise RuntimeError(f"{name} took more than an hour")
+    alone = time.perf_counter() - begun
+    expected = digests(whole)
+    points: list[dict[str, Any]] = []
+    while not out.exists():
+        events = root / f"events-{len(points)}"
+        late = len(points) >= kills - LATE
+        if len(points) == kills:
+            if killed(started(model, out, options, events), 3600, None):
+                raise RuntimeError(f"{name} took more than an hour")
+            break
+        # Long enough on average to get on, and so short that all kills fall into the run.
+        after = chance.uniform(0.0, 0.3) if late else chance.uniform(0.02, 0.4) * alone
+        if killed(started(model, out, options, events), after, events if late else None):
+            where = last_step(events)
+            points.append({"seconds": round(after, 2), "verifying": late, "last step": where})
+            print(name, points[-1], flush=True)
+    found = digests(out)
+    return {
+        "options": options[: options.index("--calib")] if "--calib" in options else options,
+        "model_gigabytes": round(nbytes / 1e9, 2),
+        "seconds_alone": round(alone, 1),
+        "kills": points,
+        "files": len(expected),
+        "identical": found == expected,
+    }
+
+
+def main() -> None:
+    """Run, compare and save; fail if a byte differs."""
+    rows = {}
+    for name in JOBS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[name] = run(Path(folder), name)
+        print(name, rows[name]["identical"], flush=True)
+    save("interrupted", COMMAND, {"question": "killed, resumed: the same bytes?", "jobs": rows})
+    if not all(row["identical"] for row in rows.values()):
+        raise SystemExit("a run that was killed ends in other bytes")
+
+
+if __name__ == "__main__":
+    main()
