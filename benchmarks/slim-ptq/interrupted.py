@@ -50,8 +50,13 @@ def started(model: Path, output: Path, options: list[str], events: Path) -> subp
 
 
 def killed(process: subprocess.Popen[bytes], seconds: float, sign: Path | None) -> bool:
-    """Kill a process some seconds after it began, or after a file told of a stage; False if it
-    was done before."""
+    """Kill a process some seconds after it began, or began to verify what a file of events tells.
+
+    Returns
+    -------
+    bool
+        False if it was done before.
+    """
     try:
         while sign is not None and '"Verifying"' not in read(sign):
             if process.poll() is not None:

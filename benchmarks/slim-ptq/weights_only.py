@@ -1,13 +1,14 @@
 """How fast weights-only W8A16 is, against moving the same bytes and against optimum-quanto.
 
 All read the same random bfloat16 Llama and flush what they write to disk; slim-ptq reads it back
-too.  Runs take turns, since the speed of a disk, and of memory that a virtual machine touches for
-the first time, changes from second to second.
+too.  Runs take turns in random order, since the speed of a disk changes from second to second, and
+memory is slower when a virtual machine touches it for the first time.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -46,7 +47,8 @@ def with_quanto(model: Path, output: Path) -> None:
 def arithmetic(model: Path) -> Callable[[], None]:
     """Return the work of slim-ptq on weights in memory, on all cores as the pipeline does it."""
     checkpoint = open_checkpoint(model)
-    weights = [from_numpy(checkpoint.load(f"{n}.weight")) for n in take_inventory(checkpoint).linears]
+    linears = take_inventory(checkpoint).linears
+    weights = [from_numpy(checkpoint.load(f"{name}.weight")) for name in linears]
     scheme = QuantScheme.parse("w8a16")
     threads = torch.get_num_threads()
 
@@ -62,7 +64,7 @@ def arithmetic(model: Path) -> Callable[[], None]:
 
 
 def memory_copy(read: int, written: int) -> Callable[[], None]:
-    """Return a copy of so many bytes from memory to memory, in pieces, once read and once written."""
+    """Return a copy of so many bytes from memory to memory, in pieces."""
     source, target = np.ones(BUFFER, np.uint8), np.ones(BUFFER, np.uint8)
 
     def run() -> None:
@@ -113,8 +115,12 @@ def measured(runs: dict[str, tuple[bool, Callable[[], object]]], model: Path) ->
     """
     wall: dict[str, list[float]] = {name: [] for name in runs}
     busy: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    chance = random.Random(0)
     for number in range(ROUNDS + 1):
-        for name, (cold, run) in runs.items():
+        chance.shuffle(order)  # memory that one run frees makes the next one faster
+        for name in order:
+            cold, run = runs[name]
             os.sync()
             if cold:
                 forget(model)

@@ -157,6 +157,23 @@ class TestHistogram:
             observer.update(torch.tensor(x))
         assert float(observer._counts.sum()) == 8
 
+    @given(
+        st.lists(
+            st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=9), min_size=1
+        )
+    )
+    def test_no_element_is_lost(self, parts: list[list[float]]) -> None:
+        observer = HistogramObserver(bins=16)
+        for part in parts:
+            observer.update(torch.tensor(part))
+        assert float(observer._counts.sum()) == sum(len(part) for part in parts)
+
+    def test_more_elements_than_float32_can_count(self) -> None:
+        observer = HistogramObserver(bins=4)
+        observer.update(torch.zeros(1))
+        observer.update(torch.nn.functional.pad(torch.ones(1), ((1 << 24) + 3, 0)))
+        assert observer._counts.tolist() == [(1 << 24) + 4, 0, 0, 1]
+
     @pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
     def test_a_constant(self, value: float) -> None:
         observer = HistogramObserver()

@@ -28,7 +28,7 @@ Factory = Callable[..., Any]
 
 RECIPES: dict[str, dict[str, Any]] = {
     "w8a8": {"scheme": "w8a8", "kv_cache": {}, "smooth": {"method": "smoothquant"}},
-    "gptq": {"scheme": "w8a16", "method": "gptq", "attention": {}},
+    "gptq": {"scheme": "w8a16", "method": "gptq", "attention": {}, "fallback": 2},
     "weights": {"scheme": "w8a16"},
 }
 

@@ -1,7 +1,7 @@
 """How far a long job is: bars on a terminal, lines elsewhere and in the log, events for programs.
 
-All come from :func:`track`, from the first of several processes alone.  The time left is that of the
-steps so far; steps that an interrupted run had done before do not count.
+All come from :func:`track`, from the first of several processes alone.  The time left is that of
+the steps so far; steps that an interrupted run had done before do not count.
 """
 
 from __future__ import annotations

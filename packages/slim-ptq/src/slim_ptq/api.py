@@ -148,7 +148,7 @@ def quantize(
         measure = _Measure(text if team.is_first else None, device, trust_remote_code)
         before = measure.perplexity(job.checkpoint.path)
         clock.stage("evaluate float")
-        job = _settle(job, place, clock)
+        job = _settle(job, place, clock, team)
         config_changes = _config_changes(job.plan)
         prints = job_fingerprints(job, device.partition(":")[0], shard, team)
         if not team.is_first:
@@ -180,17 +180,22 @@ def quantize(
         return team.from_first(report)
 
 
-def _settle(job: Prepared, device: torch.device, clock: Clock) -> Prepared:
-    """Return the job with what can be known only by running the float model."""
+def _settle(job: Prepared, device: torch.device, clock: Clock, team: Team) -> Prepared:
+    """Return the job with what can be known only by running the float model.
+
+    What depends on the last bits of floating point is decided by the first process for all.
+    """
     if job.recipe.rotate is not None:
         rotated = rotate_checkpoint(job.checkpoint, job.inventory, job.recipe.rotate, device)
         job = replace(job, checkpoint=rotated)
         clock.stage("rotate")
     if job.recipe.fallback and job.data is not None:
-        plan = plan_with_fallback(
-            job.checkpoint, job.inventory, job.plan, job.recipe.fallback, job.data, device
-        )
-        job = replace(job, plan=plan)
+        plan = None
+        if team.is_first:
+            plan = plan_with_fallback(
+                job.checkpoint, job.inventory, job.plan, job.recipe.fallback, job.data, device
+            )
+        job = replace(job, plan=team.from_first(plan))
         clock.stage("rank layers")
     return job
 

@@ -9,6 +9,7 @@ import torch
 from slim_ptq.observers.base import Observer
 
 _LEVELS = 255  # steps of an 8-bit range
+_EXACT = 1 << 24  # up to where float32, in which torch counts, has every integer
 
 
 class HistogramObserver(Observer):
@@ -41,8 +42,18 @@ class HistogramObserver(Observer):
         if self._width == 0.0:  # every element so far is the same number
             self._counts[0] += values.numel()
             return
+        for part in values.split(_EXACT):
+            self._counts += self._count(part).double().cpu()
+
+    def _count(self, values: torch.Tensor) -> torch.Tensor:
+        """Return how many of at most 2**24 values lie in each bin."""
+        end = self._origin + self._width * self._bins
+        counts = torch.histc(values, self._bins, self._origin, end)
+        if int(counts.sum(dtype=torch.float64)) == values.numel():
+            return counts
+        # Rounding has moved an end of the bins past an extreme value, which histc leaves out.
         index = ((values - self._origin) / self._width).long().clamp_(0, self._bins - 1)
-        self._counts += torch.bincount(index, minlength=self._bins).double().cpu()
+        return torch.bincount(index, minlength=self._bins)
 
     def _join(self, other: HistogramObserver) -> None:
         """Put every bin of another histogram where its middle lies."""
