@@ -1,8 +1,8 @@
 """Whether a run that is killed again and again ends in the bytes of one that was left alone.
 
 Models of up to several gigabytes, so that kills fall on everything that a run does: reading,
-calibrating, writing, flushing, verifying.  Every attempt is ended by SIGKILL after a random time and
-the next one goes on with ``--resume``; what the last one leaves is compared file by file.
+calibrating, writing, flushing, verifying.  Every attempt is ended by SIGKILL after a random time,
+and the next one goes on with ``--resume``; what the last one leaves is compared file by file.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class HistogramObserver(Observer):
         if self._width == 0.0:  # every element so far is the same number
             self._counts[0] += values.numel()
             return
-        for part in values.split(_EXACT):
+        for part in torch.split(values, _EXACT):
             self._counts += self._count(part).double().cpu()
 
     def _count(self, values: torch.Tensor) -> torch.Tensor:
