@@ -23,6 +23,7 @@ from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.structure import is_linear, trace_block
 from slim_ptq.tensors import from_numpy, to_numpy
 from slim_ptq.transforms import (
+    BlockData,
     LinkStatistics,
     added_biases,
     choose_links,
@@ -116,6 +117,11 @@ class BlockSmoother:
             prefix=name,
             can_add=self._plan.format in ASCEND_FORMATS,
             stored={link.source: self._stored(f"{name}.{link.source}.weight") for link in links},
+            data=BlockData(
+                runner.samples(block, index),
+                {local: plan.method for local, plan in layers.items()},
+                runner.team,
+            ),
         )
         for item in (*left, *others):
             _log.warning("not smoothed: %s.%s: %s", name, item.source, item.reason)

@@ -19,8 +19,8 @@ from slim_ptq.calibration.hidden import HiddenStates
 from slim_ptq.calibration.moments import Moments
 from slim_ptq.methods import Needs, Parts, SignRound
 from slim_ptq.rounding.linear import RoundedLinear, Start
-from slim_ptq.rounding.train import replaced, train_rounding
-from slim_ptq.structure import weight_of
+from slim_ptq.rounding.train import train_rounding
+from slim_ptq.structure import replaced, weight_of
 
 
 class RoundedStream:

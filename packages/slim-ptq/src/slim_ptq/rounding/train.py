@@ -8,7 +8,6 @@ if it serves the block better on all calibration data.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from slim_core.errors import NumericalError
 from slim_core.logging import get_logger
 from slim_ptq.methods import Parts
 from slim_ptq.rounding.linear import RoundedLinear, Start
+from slim_ptq.structure import replaced
 
 _log = get_logger("ptq")
 
@@ -120,20 +120,3 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-@contextlib.contextmanager
-def replaced(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put layers in the place of those of a block for the time being."""
-    own = {local: block.get_submodule(local) for local in layers}
-
-    def put(modules: Mapping[str, nn.Module]) -> None:
-        for local, module in modules.items():
-            parent, _, leaf = local.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, module)
-
-    try:
-        put(layers)
-        yield
-    finally:
-        put(own)

@@ -12,6 +12,7 @@ from slim_ptq.structure.linears import as_linear, bias_of, is_linear, weight_of
 from slim_ptq.structure.links import Link, LinkKind, NormForm, RejectedLink, Target
 from slim_ptq.structure.names import checkpoint_names
 from slim_ptq.structure.quantizable import find_linears, find_routers, is_router
+from slim_ptq.structure.replace import replaced
 from slim_ptq.structure.trace import BlockTrace, trace_block
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "is_linear",
     "is_router",
     "named_sample",
+    "replaced",
     "trace_block",
     "unfuse_experts",
     "weight_of",

@@ -2,9 +2,10 @@
 
 from slim_ptq.transforms.alpha_search import AlphaSearch
 from slim_ptq.transforms.apply import scale_link, scaled
-from slim_ptq.transforms.awq import AwqScale
+from slim_ptq.transforms.awq import AwqScale, BlockAwq
 from slim_ptq.transforms.base import ALL_LINKS, NORMS, Reader, ScaleMethod
 from slim_ptq.transforms.biases import add_bias, added_biases, has_added_bias
+from slim_ptq.transforms.block_error import BlockData, BlockError
 from slim_ptq.transforms.cbq import CbqSmooth
 from slim_ptq.transforms.choice import scale_method
 from slim_ptq.transforms.choose import SkippedLink, choose_links
@@ -25,6 +26,9 @@ __all__ = [
     "NORMS",
     "AlphaSearch",
     "AwqScale",
+    "BlockAwq",
+    "BlockData",
+    "BlockError",
     "CbqSmooth",
     "ChannelStats",
     "FlexSmooth",

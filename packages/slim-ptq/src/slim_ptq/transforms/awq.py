@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slim_ptq.structure import Link, LinkKind
-from slim_ptq.transforms.base import NORMS, Reader
+from slim_ptq.transforms.base import ALL_LINKS, NORMS, Reader
 from slim_ptq.transforms.error import LinkError, best_scales
 from slim_ptq.transforms.smooth import FLOOR
 from slim_ptq.transforms.statistics import ChannelStats
@@ -37,11 +37,36 @@ class AwqScale:
     shift = False
     wraps_norms = True
 
+    def candidates(self, link: Link, stats: ChannelStats) -> Iterator[torch.Tensor]:
+        """Yield the scales of a link, ``[link.width]``, for each exponent."""
+        mean = link.to_source(stats.mean_magnitude.float())
+        for step in range(STEPS):
+            yield _centred(mean, step / STEPS, link.channels)
+
     def scales(self, link: Link, stats: ChannelStats, readers: Sequence[Reader]) -> torch.Tensor:
         """Return the scales of a link, ``[link.width]``; see :class:`ScaleMethod`."""
-        mean = link.to_source(stats.mean_magnitude.float())
-        candidates = (_centred(mean, step / STEPS, link.channels) for step in range(STEPS))
-        return best_scales(candidates, LinkError(link, stats, readers))
+        return best_scales(self.candidates(link, stats), LinkError(link, stats, readers))
+
+
+@dataclass(frozen=True)
+class BlockAwq(AwqScale):
+    """AWQ on every kind of link, with the output of the whole block to decide.
+
+    What counts is what the error of the readers does to the output of their decoder block: through
+    softmax and gates, and of all readers together.
+
+    Parameters
+    ----------
+    kinds : frozenset of LinkKind
+        Which links are scaled.
+    block_tokens : int
+        How many tokens run through the block for each candidate at least: whole batches of
+        calibration data, evenly chosen.
+    """
+
+    kinds: frozenset[LinkKind] = ALL_LINKS
+    tokens: int = 0  # kept in the statistics
+    block_tokens: int = 1024
 
 
 def _centred(mean: torch.Tensor, exponent: float, channels: torch.Tensor) -> torch.Tensor:

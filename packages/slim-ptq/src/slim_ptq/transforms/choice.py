@@ -7,7 +7,7 @@ from typing import Any
 from slim_core.recipe import Smooth, SmoothMethod
 from slim_ptq.structure import LinkKind
 from slim_ptq.transforms.alpha_search import AlphaSearch
-from slim_ptq.transforms.awq import AwqScale
+from slim_ptq.transforms.awq import BlockAwq
 from slim_ptq.transforms.base import ScaleMethod
 from slim_ptq.transforms.cbq import CbqSmooth
 from slim_ptq.transforms.flex import FlexSmooth
@@ -17,7 +17,7 @@ from slim_ptq.transforms.threshold import ThresholdSmooth
 _METHODS: dict[SmoothMethod, Any] = {
     SmoothMethod.SMOOTHQUANT: SmoothQuant,
     SmoothMethod.THRESHOLD: ThresholdSmooth,
-    SmoothMethod.AWQ: AwqScale,
+    SmoothMethod.AWQ: BlockAwq,
     SmoothMethod.ITERATIVE: IterativeSmooth,
     SmoothMethod.CBQ: CbqSmooth,
     SmoothMethod.FLEX: FlexSmooth,

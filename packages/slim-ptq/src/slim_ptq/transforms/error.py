@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from slim_core.method import MethodSpec
 from slim_core.numerics import affine_params
-from slim_core.scheme import QuantScheme
 from slim_ptq.methods import PtqMethods, make_method
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.structure import Link
@@ -55,27 +55,51 @@ class LinkError:
         """
         columns = scales.to(self._tokens)[self._index]
         tokens, total = self._tokens / columns, 0.0
-        for (weight, scheme), exact in zip(self._readers, self._exact, strict=True):
-            gap = self._quantized(weight * columns, scheme, columns)(tokens) - exact
+        for reader, exact in zip(self._readers, self._exact, strict=True):
+            gap = quantized_reader(reader, columns, self._stats)(tokens) - exact
             size = float(exact.square().sum())
             total += float(gap.square().sum()) / size if size else 0.0
         return total
 
-    def _quantized(
-        self, weight: torch.Tensor, scheme: QuantScheme, columns: torch.Tensor
-    ) -> FakeQuantLinear:
-        assert scheme.weight is not None  # narrowing: only quantized layers are readers
-        method = make_method(PtqMethods().default(scheme))
-        layer = method.quantize("", weight, scheme.weight).layer("", scheme, None, "float32")
-        if scheme.is_static and scheme.activation is not None:
-            low, high = (self._stats.low / columns).min(), (self._stats.high / columns).max()
-            ends = low.float().reshape(1), high.float().reshape(1)
-            scale, offset = affine_params(*ends, scheme.activation)
-            layer = replace(layer, input_scale=scale, input_offset=offset)
-        return FakeQuantLinear(layer, torch.float32)
+
+def quantized_reader(
+    reader: Reader,
+    columns: torch.Tensor,
+    stats: ChannelStats,
+    *,
+    method: MethodSpec | None = None,
+    bias: torch.Tensor | None = None,
+) -> FakeQuantLinear:
+    """Return a reader with its columns scaled, quantized as it will be deployed.
+
+    Parameters
+    ----------
+    reader : Reader
+        With a float32 weight.
+    columns : torch.Tensor
+        Scales of the input channels, ``[in]``.
+    stats : ChannelStats
+        Of what it reads before that is scaled; static activations get the range of all tokens.
+    method : MethodSpec, optional
+        One without needs; the default of the scheme if not given.
+    """
+    scheme = reader.scheme
+    assert scheme.weight is not None  # narrowing: only quantized layers are readers
+    made = make_method(method or PtqMethods().default(scheme))
+    layer = made.quantize("", reader.weight * columns, scheme.weight).layer(
+        "", scheme, bias, "float32"
+    )
+    if scheme.is_static and scheme.activation is not None:
+        low, high = (stats.low / columns).min(), (stats.high / columns).max()
+        ends = low.float().reshape(1), high.float().reshape(1)
+        scale, offset = affine_params(*ends, scheme.activation)
+        layer = replace(layer, input_scale=scale, input_offset=offset)
+    return FakeQuantLinear(layer, torch.float32)
 
 
-def best_scales(candidates: Iterable[torch.Tensor], error: LinkError) -> torch.Tensor:
+def best_scales(
+    candidates: Iterable[torch.Tensor], error: Callable[[torch.Tensor], float]
+) -> torch.Tensor:
     """Return the scales with the least error, the first of equals."""
     return min(candidates, key=error)
 

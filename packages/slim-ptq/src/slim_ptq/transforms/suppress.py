@@ -12,9 +12,12 @@ from slim_core.numerics import check_finite
 from slim_core.scheme import QuantScheme
 from slim_ptq.structure import Link, LinkKind, find_linears, weight_of
 from slim_ptq.transforms.apply import scale_link, why_not_shifted
+from slim_ptq.transforms.awq import BlockAwq
 from slim_ptq.transforms.base import Reader, ScaleMethod
+from slim_ptq.transforms.block_error import BlockData, BlockError
 from slim_ptq.transforms.choose import SkippedLink, skip
 from slim_ptq.transforms.collect import LinkStatistics
+from slim_ptq.transforms.error import best_scales
 
 _MARK = "_slim_smoothed"
 
@@ -62,6 +65,7 @@ def suppress_block(
     prefix: str = "",
     can_add: bool = True,
     stored: Mapping[str, torch.dtype] | None = None,
+    data: BlockData | None = None,
 ) -> tuple[tuple[SuppressedLink, ...], tuple[SkippedLink, ...]]:
     """Scale the links of a block in place.
 
@@ -84,6 +88,8 @@ def suppress_block(
         Whether norms and layers may get a bias that they do not have.
     stored : mapping, optional
         Dtypes in which norms will be stored, by their local names, where these are not their own.
+    data : BlockData, optional
+        There for methods that judge scales by the output of the block.
 
     Returns
     -------
@@ -114,7 +120,12 @@ def suppress_block(
         shift = stats.midrange if wanted and not unshifted else None
         if shift is not None:
             stats = stats.moved(torch.ones_like(shift), shift)
-        scales = method.scales(link, stats, readers)
+        if isinstance(method, BlockAwq) and data is not None:
+            of = dict(zip(names, readers, strict=True))
+            error = BlockError(block, link, stats, of, data, method.block_tokens)
+            scales = best_scales(method.candidates(link, stats), error)
+        else:
+            scales = method.scales(link, stats, readers)
         if len(names) < len(link.targets) and _is_half(block, link):
             scales = scales.log2().round().exp2()  # exact, so that routers choose as before
         kept = None if stored is None else stored.get(link.source)
