@@ -89,9 +89,8 @@ def _ours(model: str, scheme: Scheme) -> list[str]:
             found.append("rotation+gptq")
             found += ["flatquant"] if "llama" in model else []
         return found
-    found = ["minmax", "gptq"] + ([] if scheme.bits == 8 else ["hqq"])
-    # What needs the blocks of a model runs through a checkpoint, and 3 bits have no format.
-    return found + (["awq+minmax", "awq+gptq", "signround"] if scheme.bits == 4 else [])
+    found = ["minmax", "gptq"]
+    return found + ([] if scheme.bits == 8 else ["hqq", "awq+minmax", "awq+gptq", "signround"])
 
 
 def zero_bits(tool: str, method: str, scheme: Scheme) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,27 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slim_core.dtypes import IntType
+from slim_core.groups import group_by
 from slim_core.method import MethodSpec
 from slim_core.recipe import Recipe
-from slim_core.scheme import Granularity, TensorScheme
+from slim_core.scheme import Granularity, QuantScheme, TensorScheme
 from slim_ptq import quantize
-from slim_ptq.calibration.moments import model_inputs
+from slim_ptq.calibration.block_samples import BlockSamples
+from slim_ptq.calibration.capture import capture_calls, first_call, output_form
+from slim_ptq.calibration.hidden import HiddenStates
+from slim_ptq.calibration.moments import Moments
 from slim_ptq.load import load_model
-from slim_ptq.methods import make_method
+from slim_ptq.methods import LayerInputs, Needs, SignRound, make_method
 from slim_ptq.methods.grid import WeightGrid
+from slim_ptq.rounding import RoundedStream
+from slim_ptq.structure import find_blocks, find_linears, trace_block
+from slim_ptq.transforms import (
+    BlockAwq,
+    BlockData,
+    LinkStatistics,
+    choose_links,
+    suppress_block,
+)
 
 FIRST = {
     "awq": {"smooth": "awq"},
@@ -58,20 +72,86 @@ def _spec(method: str, scheme: Scheme) -> Any:
 
 
 def _without_format(model: Path, ids: torch.Tensor, scheme: Scheme, method: str) -> Any:
-    """Put the weights that the codes stand for into the float model."""
+    """Put the weights that the codes stand for into the float model, block by block."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    linears = {
-        name: module
-        for name, module in loaded.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    maker = make_method(MethodSpec.parse(_spec(method, scheme)))
-    needs = dict.fromkeys(linears, maker.needs)
-    found = model_inputs(loaded, linears, needs, [[batch] for batch in torch.split(ids, 4)])
-    inputs = {name: item for part in found for name, item in part.items()}
+    *first, last = method.split("+")
+    maker = make_method(MethodSpec.parse(_spec(last, scheme)))
     granularity = Granularity.PER_GROUP if scheme.group else Granularity.PER_CHANNEL
     kind = TensorScheme(IntType(scheme.bits), granularity, scheme.symmetric, scheme.group)
-    for name, linear in linears.items():
-        parts = maker.quantize(name, linear.weight, kind, inputs.get(name))
-        linear.weight.data = WeightGrid(kind, parts.scale, parts.offset).values(parts.codes)
+    rounded = RoundedStream(HiddenStates())
+    for name, samples in _blocks(loaded, ids):
+        block = loaded.get_submodule(name)
+        linears = find_linears(block)
+        if "awq" in first:
+            _smooth(block, samples, QuantScheme(kind, None), maker.name)
+        if isinstance(maker, SignRound):
+            layers = dict.fromkeys(linears, (maker, kind))
+            parts = rounded.block(name, block, samples, layers)
+        else:
+            inputs = _inputs(block, samples, linears, maker.needs)
+            parts = {
+                local: maker.quantize(local, linear.weight, kind, inputs.get(local))
+                for local, linear in linears.items()
+            }
+        for local, made in parts.items():
+            grid = WeightGrid(kind, made.scale, made.offset)
+            linears[local].weight.data = grid.values(made.codes)
     return loaded
+
+
+def _blocks(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[str, BlockSamples]]:
+    """Yield the blocks with what they read and give in floating point."""
+    names = find_blocks(model)
+    args, kwargs = first_call(model, names[0], ids[:1])
+    with torch.no_grad():
+        form = output_form(model.get_submodule(names[0])(*args, **kwargs))
+    hidden, calls = HiddenStates(), []
+    for batch in torch.split(ids, 4):
+        first, call = capture_calls(model, names, batch, form)
+        hidden.append(first)
+        calls.append(call)
+    for index, name in enumerate(names):
+        block = model.get_submodule(name)
+        with torch.no_grad():
+            for batch, call in enumerate(calls):
+                hidden.put(batch, call.run(block, index, hidden[batch]))
+        yield name, BlockSamples(index, calls, hidden)
+        hidden.advance()
+
+
+def _inputs(
+    block: nn.Module, samples: BlockSamples, linears: dict[str, nn.Module], needs: Needs
+) -> dict[str, LayerInputs]:
+    """Return what the inputs of the layers of a block are like."""
+    if not needs:
+        return {}
+    seen = {}
+    for members in group_by(linears, "input").values():
+        seen |= dict.fromkeys(members, Moments(needs))
+    handles = [
+        linears[members[0]].register_forward_pre_hook(
+            lambda _module, args, moments=seen[members[0]]: moments.add(args[0])
+        )
+        for members in group_by(linears, "input").values()
+    ]
+    with torch.no_grad():
+        for batch in range(len(samples)):
+            samples.run(block, batch)
+    for handle in handles:
+        handle.remove()
+    return {local: moments.inputs() for local, moments in seen.items()}
+
+
+def _smooth(block: nn.Module, samples: BlockSamples, scheme: QuantScheme, method: str) -> None:
+    """Scale the links of a block by AWQ."""
+    awq = BlockAwq()
+    calls, index = samples.calls[0], samples.index
+    trace = trace_block(block, (samples.hidden[0], *calls.args[index]), calls.kwargs[index])
+    links, _ = choose_links(trace, awq.kinds, {})
+    with LinkStatistics(block, links) as statistics, torch.no_grad():
+        for batch in range(len(samples)):
+            samples.run(block, batch)
+    linears = find_linears(block)
+    data = BlockData(samples, dict.fromkeys(linears, MethodSpec(method)))
+    schemes = dict.fromkeys(linears, scheme)
+    suppress_block(block, links, statistics, awq, schemes, data=data)
