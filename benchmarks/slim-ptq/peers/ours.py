@@ -65,9 +65,11 @@ def quantized(model: Path, calibration: Path, scheme: Scheme, method: str) -> An
 
 
 def _spec(method: str, scheme: Scheme) -> Any:
-    """Return a method as recipes name it; zero points of HQQ are fractions, as in its peer."""
+    """Return a method as recipes name it, with the range and the zero points of its peers."""
     if method == "hqq" and not scheme.symmetric:
         return {"name": "hqq", "float_offset": True}
+    if method == "minmax" and scheme.symmetric:
+        return {"name": "minmax", "full_range": True}
     return method
 
 
@@ -75,7 +77,8 @@ def _without_format(model: Path, ids: torch.Tensor, scheme: Scheme, method: str)
     """Put the weights that the codes stand for into the float model, block by block."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     *first, last = method.split("+")
-    maker = make_method(MethodSpec.parse(_spec(last, scheme)))
+    spec = MethodSpec.parse(_spec(last, scheme))
+    maker = make_method(spec)
     granularity = Granularity.PER_GROUP if scheme.group else Granularity.PER_CHANNEL
     kind = TensorScheme(IntType(scheme.bits), granularity, scheme.symmetric, scheme.group)
     rounded = RoundedStream(HiddenStates())
@@ -83,7 +86,7 @@ def _without_format(model: Path, ids: torch.Tensor, scheme: Scheme, method: str)
         block = loaded.get_submodule(name)
         linears = find_linears(block)
         if "awq" in first:
-            _smooth(block, samples, QuantScheme(kind, None), maker.name)
+            _smooth(block, samples, QuantScheme(kind, None), spec)
         if isinstance(maker, SignRound):
             layers = dict.fromkeys(linears, (maker, kind))
             parts = rounded.block(name, block, samples, layers)
@@ -142,7 +145,7 @@ def _inputs(
     return {local: moments.inputs() for local, moments in seen.items()}
 
 
-def _smooth(block: nn.Module, samples: BlockSamples, scheme: QuantScheme, method: str) -> None:
+def _smooth(block: nn.Module, samples: BlockSamples, scheme: QuantScheme, method: MethodSpec) -> None:
     """Scale the links of a block by AWQ."""
     awq = BlockAwq()
     calls, index = samples.calls[0], samples.index
@@ -152,6 +155,6 @@ def _smooth(block: nn.Module, samples: BlockSamples, scheme: QuantScheme, method
         for batch in range(len(samples)):
             samples.run(block, batch)
     linears = find_linears(block)
-    data = BlockData(samples, dict.fromkeys(linears, MethodSpec(method)))
+    data = BlockData(samples, dict.fromkeys(linears, method))
     schemes = dict.fromkeys(linears, scheme)
     suppress_block(block, links, statistics, awq, schemes, data=data)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
 from slim_core.errors import InvalidValueError
+from slim_core.method import MethodSpec
 from slim_core.recipe import Recipe, SmoothMethod
 from slim_core.scheme import QuantScheme
+from slim_ptq.methods import MinMax
+from slim_ptq.modules import FakeQuantLinear
+from slim_ptq.parallel import Team
 from slim_ptq.structure import (
     Link,
     LinkKind,
@@ -25,6 +30,9 @@ from slim_ptq.transforms import (
     ALL_LINKS,
     AlphaSearch,
     AwqScale,
+    BlockAwq,
+    BlockData,
+    BlockError,
     CbqSmooth,
     ChannelStats,
     FlexSmooth,
@@ -245,6 +253,139 @@ def test_m3_is_a_power_of_the_mean_over_all_tokens_that_no_other_beats():
         candidates.append(power / (power.max() * power.min()).sqrt())
     torch.testing.assert_close(scales, min(candidates, key=error))
     assert error(scales) < error(torch.ones(32))
+
+
+class Kept:
+    """Calibration data of a block: every argument is kept, as are its outputs."""
+
+    index = 0
+
+    def __init__(self, block, args, kwargs, batches):
+        self.calls = [((batch, *args[1:]), kwargs) for batch in batches]
+        self.targets = [run(block, *call) for call in self.calls]
+        self.tokens = sum(batch.shape[:-1].numel() for batch in batches)
+
+    def __len__(self):
+        return len(self.calls)
+
+    def run(self, block, batch):
+        return run(block, *self.calls[batch])
+
+    def target(self, batch):
+        return self.targets[batch]
+
+
+def block_data(model, capture_block, ids, method="minmax", batches=4):
+    """Return a block with its links, their statistics, and data to judge it on."""
+    block, links, args, kwargs = traced_block(model, capture_block, ids)
+    torch.manual_seed(1)
+    hidden = [args[0] + torch.randn_like(args[0]) * torch.rand(args[0].shape[-1]) for _ in range(batches)]
+    samples = Kept(block, args, kwargs, hidden)
+    with LinkStatistics(block, links) as statistics:
+        for batch in range(batches):
+            samples.run(block, batch)
+    return block, links, statistics, BlockData(
+        samples, dict.fromkeys(find_linears(block), MethodSpec(method))
+    )
+
+
+def readers_of(block, link, scheme):
+    linears = find_linears(block)
+    return {
+        name: Reader(linears[name].weight.detach(), scheme)
+        for name in link.target_names
+        if name in linears
+    }
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_g16", "w8a8_dynamic"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "mixtral"])
+def test_the_block_error_is_that_of_the_block_with_quantized_readers(
+    family, scheme, tiny_model, capture_block, tiny_ids
+):
+    kind = QuantScheme.parse(scheme)
+    block, links, statistics, data = block_data(tiny_model(family), capture_block, tiny_ids(12))
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    for link in links:
+        readers = readers_of(block, link, kind)
+        scales = torch.ones(link.width)
+        scales[link.channels] = torch.rand(len(link.channels)) + 0.5
+        error = BlockError(block, link, statistics.of[link.source], readers, data, 10**6)
+        found = error(scales)
+        moved = copy.deepcopy(block)
+        scale_link(moved, link, scales)
+        for name in readers:
+            layer = find_linears(moved)[name]
+            made = MinMax().quantize(name, layer.weight, kind.weight)
+            bias = None if layer.bias is None else layer.bias.detach()
+            fake = FakeQuantLinear(made.layer(name, kind, bias, "float32"), torch.float32)
+            parent, _, leaf = name.rpartition(".")
+            setattr(moved.get_submodule(parent), leaf, fake)
+        samples = data.samples
+        expected = sum(
+            float((samples.run(moved, batch) - samples.target(batch)).square().sum())
+            for batch in range(len(samples))
+        )
+        assert found == pytest.approx(expected, rel=2e-3), link.source
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_awq_by_block_takes_the_exponent_that_serves_the_block_best(
+    family, tiny_model, capture_block, tiny_ids
+):
+    scheme = QuantScheme.parse("w4a16")
+    block, links, statistics, data = block_data(tiny_model(family), capture_block, tiny_ids(12))
+    for link in links:
+        stats, readers = statistics.of[link.source], readers_of(block, link, scheme)
+        error = BlockError(block, link, stats, readers, data, 10**6)
+        mean = link.to_source(stats.mean_magnitude)[link.channels]
+        tried = []
+        for step in range(20):
+            scales, power = torch.ones(link.width), mean ** (step / 20)
+            scales[link.channels] = power / (power.max() * power.min()).sqrt()
+            tried.append(scales)
+        chosen = copy.deepcopy(block)
+        schemes = dict.fromkeys(find_linears(block), scheme)
+        one = copy.copy(statistics)
+        one.of = dict(statistics.of)
+        done, _ = suppress_block(chosen, [link], one, BlockAwq(), schemes, data=data)
+        assert done[0].kind is link.kind
+        torch.testing.assert_close(done[0].scales, min(tried, key=error), rtol=1e-5, atol=1e-6)
+        assert error(done[0].scales) <= error(torch.ones(link.width))
+
+
+def test_the_block_error_of_a_method_with_data_is_that_of_all_codes(
+    tiny_model, capture_block, tiny_ids
+):
+    scheme = QuantScheme.parse("w4a16")
+    block, links, statistics, data = block_data(tiny_model("llama"), capture_block, tiny_ids(12))
+    link = links[0]
+    found = []
+    for spec in ("gptq", {"name": "minmax", "full_range": True}, "minmax", "clip"):
+        methods = dict.fromkeys(data.methods, MethodSpec.parse(spec))
+        of = dataclasses.replace(data, methods=methods)
+        readers = readers_of(block, link, scheme)
+        error = BlockError(block, link, statistics.of[link.source], readers, of, 10**6)
+        found.append(error(torch.ones(link.width)))
+    assert found[0] == found[1]
+    assert len(set(found[1:])) == 3
+
+
+def test_batches_are_spread_over_the_data_of_all_processes():
+    class Samples:
+        tokens = 600
+
+        def __len__(self):
+            return 6
+
+    data = BlockData(Samples(), {})
+    assert list(data.batches(1)) == [0]
+    assert list(data.batches(300)) == [0, 2, 4]
+    assert list(data.batches(301)) == list(data.batches(10**6)) == list(range(6))
+    both = BlockData(Samples(), {}, Team(0, 2))
+    assert list(both.batches(600)) == [0, 2, 4]
 
 
 def test_m5_scales_down_to_the_largest_channel_that_is_none():

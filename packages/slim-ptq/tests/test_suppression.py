@@ -67,18 +67,16 @@ def process(model, samples, method, **config):
     return anti
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_dynamic", "w8a16"])
-@pytest.mark.parametrize("method", list(NAMES))
+# m3 is judged by the products of a link, as its contract says, awq of recipes by the block.
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_dynamic"])
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "m3"])
 def test_both_interfaces_give_the_same_integers(
     method, scheme, tiny_model, saved_model, samples, data, tmp_path
 ):
-    bits = 16 if scheme == "w8a16" else 8
-    if bits == 16 and method != "m3":
-        pytest.skip("only m3 knows 16-bit activations in the classic interface")
     dynamic = scheme == "w8a8_dynamic"
     model = tiny_model("qwen2")
-    process(model, samples, method, a_bit=bits, is_dynamic=dynamic)
-    config = QuantConfig(w_bit=8, a_bit=bits, mm_tensor=False, is_dynamic=dynamic)
+    process(model, samples, method, is_dynamic=dynamic)
+    config = QuantConfig(mm_tensor=False, is_dynamic=dynamic)
     calibrator = Calibrator(model, config, samples)
     calibrator.run()
     calibrator.save(str(tmp_path / "classic"), save_type=["ascendV1"])

@@ -66,7 +66,7 @@ class BlockAwq(AwqScale):
 
     kinds: frozenset[LinkKind] = ALL_LINKS
     tokens: int = 0  # kept in the statistics
-    block_tokens: int = 1024
+    block_tokens: int = 3072
 
 
 def _centred(mean: torch.Tensor, exponent: float, channels: torch.Tensor) -> torch.Tensor:

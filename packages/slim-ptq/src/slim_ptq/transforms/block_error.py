@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 from slim_core.method import MethodSpec
+from slim_core.scheme import QuantScheme
 from slim_ptq.calibration.block_samples import BlockSamples
-from slim_ptq.methods import Needs, make_method
+from slim_ptq.methods import MinMax, Needs, make_method
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.parallel import Team
 from slim_ptq.structure import Link, bias_of, replaced
 from slim_ptq.transforms.base import Reader
 from slim_ptq.transforms.error import quantized_reader
 from slim_ptq.transforms.statistics import ChannelStats
+
+_ALL_CODES = MethodSpec.parse({"name": MinMax.name, "full_range": True})
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +97,22 @@ class BlockError:
         return sum(self._data.team.gather(total))
 
     def _layer(self, name: str, reader: Reader, columns: torch.Tensor) -> nn.Module:
-        method = self._data.methods[name]
         bias = bias_of(self._block.get_submodule(name))
         layer = quantized_reader(
             reader,
             columns,
             self._stats,
-            method=method if make_method(method).needs is Needs.NONE else None,
+            method=_nearest(self._data.methods[name], reader.scheme),
             bias=None if bias is None else bias.detach().float(),
         )
         return _Unscaled(layer, columns)
+
+
+def _nearest(method: MethodSpec, scheme: QuantScheme) -> MethodSpec | None:
+    """Return the method if it needs no data, else rounding to nearest on all codes; None: default."""
+    if make_method(method).needs is Needs.NONE:
+        return method
+    return _ALL_CODES if make_method(_ALL_CODES).unsupported(scheme) is None else None
 
 
 class _Unscaled(nn.Module):
