@@ -39,11 +39,8 @@ METHODS: dict[str, Any] = {
     "none": None,
     "m1 smoothquant": "smoothquant",
     "m2 threshold": "threshold",
-    "m3 awq": "awq",
-    "m3 awq, all links": {
-        "method": "awq",
-        "links": ["norm->linear", "v->o", "up->down"],
-    },
+    "awq": "awq",
+    "awq, norms": {"method": "awq", "links": ["norm->linear"]},
     "m4 iterative": "iterative",
     "m4 iterative, shift": {"method": "iterative", "shift": True},
     "m5 cbq": "cbq",

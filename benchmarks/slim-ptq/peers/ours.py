@@ -145,7 +145,9 @@ def _inputs(
     return {local: moments.inputs() for local, moments in seen.items()}
 
 
-def _smooth(block: nn.Module, samples: BlockSamples, scheme: QuantScheme, method: MethodSpec) -> None:
+def _smooth(
+    block: nn.Module, samples: BlockSamples, scheme: QuantScheme, method: MethodSpec
+) -> None:
     """Scale the links of a block by AWQ."""
     awq = BlockAwq()
     calls, index = samples.calls[0], samples.index

@@ -279,13 +279,18 @@ def block_data(model, capture_block, ids, method="minmax", batches=4):
     """Return a block with its links, their statistics, and data to judge it on."""
     block, links, args, kwargs = traced_block(model, capture_block, ids)
     torch.manual_seed(1)
-    hidden = [args[0] + torch.randn_like(args[0]) * torch.rand(args[0].shape[-1]) for _ in range(batches)]
+    hidden = [
+        args[0] + torch.randn_like(args[0]) * torch.rand(args[0].shape[-1]) for _ in range(batches)
+    ]
     samples = Kept(block, args, kwargs, hidden)
     with LinkStatistics(block, links) as statistics:
         for batch in range(batches):
             samples.run(block, batch)
-    return block, links, statistics, BlockData(
-        samples, dict.fromkeys(find_linears(block), MethodSpec(method))
+    return (
+        block,
+        links,
+        statistics,
+        BlockData(samples, dict.fromkeys(find_linears(block), MethodSpec(method))),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class BlockData:
 
     samples: BlockSamples
     methods: Mapping[str, MethodSpec]
-    team: Team = Team()
+    team: Team = field(default_factory=Team)
 
     def batches(self, tokens: int) -> range:
         """Return the numbers of evenly chosen batches that hold so many tokens, if all do."""
@@ -88,7 +88,9 @@ class BlockError:
     def __call__(self, scales: torch.Tensor) -> float:
         """Return the error for scales of the source's channels, ``[link.width]``."""
         columns = scales.float()[self._index.to(scales.device)]
-        layers = {name: self._layer(name, reader, columns) for name, reader in self._readers.items()}
+        layers = {
+            name: self._layer(name, reader, columns) for name, reader in self._readers.items()
+        }
         samples, total = self._data.samples, 0.0
         with replaced(self._block, layers), torch.no_grad():
             for batch in self._batches:
@@ -109,7 +111,7 @@ class BlockError:
 
 
 def _nearest(method: MethodSpec, scheme: QuantScheme) -> MethodSpec | None:
-    """Return the method if it needs no data, else rounding to nearest on all codes; None: default."""
+    """Return the method if it needs no data, else rounding to nearest, on all codes if possible."""
     if make_method(method).needs is Needs.NONE:
         return method
     return _ALL_CODES if make_method(_ALL_CODES).unsupported(scheme) is None else None
