@@ -74,19 +74,31 @@ def _spec(method: str, scheme: Scheme) -> Any:
 
 
 def _without_format(model: Path, ids: torch.Tensor, scheme: Scheme, method: str) -> Any:
-    """Put the weights that the codes stand for into the float model, block by block."""
+    """Put the weights that the codes stand for into the float model."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     *first, last = method.split("+")
-    spec = MethodSpec.parse(_spec(last, scheme))
-    maker = make_method(spec)
     granularity = Granularity.PER_GROUP if scheme.group else Granularity.PER_CHANNEL
     kind = TensorScheme(IntType(scheme.bits), granularity, scheme.symmetric, scheme.group)
+    put_codes(loaded, ids, kind, MethodSpec.parse(_spec(last, scheme)), smooth="awq" in first)
+    return loaded
+
+
+def put_codes(
+    model: nn.Module,
+    ids: torch.Tensor,
+    kind: TensorScheme,
+    method: MethodSpec,
+    *,
+    smooth: bool = False,
+) -> None:
+    """Quantize a model in memory block by block, as recipes do, for schemes without a format."""
+    maker = make_method(method)
     rounded = RoundedStream(HiddenStates())
-    for name, samples in _blocks(loaded, ids):
-        block = loaded.get_submodule(name)
+    for name, samples in _blocks(model, ids):
+        block = model.get_submodule(name)
         linears = find_linears(block)
-        if "awq" in first:
-            _smooth(block, samples, QuantScheme(kind, None), spec)
+        if smooth:
+            _smooth(block, samples, QuantScheme(kind, None), method)
         if isinstance(maker, SignRound):
             layers = dict.fromkeys(linears, (maker, kind))
             parts = rounded.block(name, block, samples, layers)
@@ -99,7 +111,6 @@ def _without_format(model: Path, ids: torch.Tensor, scheme: Scheme, method: str)
         for local, made in parts.items():
             grid = WeightGrid(kind, made.scale, made.offset)
             linears[local].weight.data = grid.values(made.codes)
-    return loaded
 
 
 def _blocks(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[str, BlockSamples]]:
@@ -110,8 +121,8 @@ def _blocks(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[str, BlockSam
         form = output_form(model.get_submodule(names[0])(*args, **kwargs))
     hidden, calls = HiddenStates(), []
     for batch in torch.split(ids, 4):
-        first, call = capture_calls(model, names, batch, form)
-        hidden.append(first)
+        entry, call = capture_calls(model, names, batch, form)
+        hidden.append(entry)
         calls.append(call)
     for index, name in enumerate(names):
         block = model.get_submodule(name)

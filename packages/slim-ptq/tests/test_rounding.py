@@ -122,6 +122,50 @@ def test_the_error_of_the_block_falls(scheme: TensorScheme) -> None:
     assert all(torch.equal(again[name].codes, made[name].codes) for name in made)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_factor_leaves_the_codes_and_a_shift_the_steps(scheme: TensorScheme) -> None:
+    two = TwoLayers()
+    start = two.starts(scheme)["0"]
+    rounded = RoundedLinear(two.block[0], start)
+    nothing = torch.zeros_like(rounded.shift), torch.zeros_like(rounded.factor)
+    rounded.step(nothing[0], torch.full_like(rounded.factor, -0.2))
+    made = rounded.parts("")
+    assert torch.equal(made.codes, start.parts.codes)
+    torch.testing.assert_close(made.scale, 1.2 * start.parts.scale)
+    rounded.step(torch.full_like(rounded.shift, -9.0), nothing[1])
+    made = rounded.parts("")
+    steps = made.codes - start.parts.codes
+    assert set(steps.unique().tolist()) == {0, 1}
+    torch.testing.assert_close(made.scale, 1.2 * start.parts.scale)
+
+
+def test_a_share_of_the_way_lies_between_the_start_and_the_end() -> None:
+    two = TwoLayers()
+    start = two.starts(SCHEMES[0])["0"]
+    rounded = RoundedLinear(two.block[0], start)
+    rounded.step(torch.randn_like(rounded.shift), torch.randn_like(rounded.factor))
+    end = rounded.learned()
+    assert float(end[0].abs().max()) == 0.5
+    assert bool(((end[1] >= 0.5) & (end[1] <= 1.5)).all())
+    rounded.go(0.5, end)
+    torch.testing.assert_close(rounded.shift.data, end[0] / 2)
+    torch.testing.assert_close(rounded.factor.data, (1 + end[1]) / 2)
+    rounded.go(0.0, end)
+    assert torch.equal(rounded.parts("").codes, start.parts.codes)
+    rounded.go(1.0, end)
+    torch.testing.assert_close(rounded.learned(), end)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_error_of_the_block_never_rises(scheme: TensorScheme, rate: float) -> None:
+    two = TwoLayers()
+    starts = two.starts(scheme)
+    made = train_rounding("a", two.block, starts, two, iterations=40, rate=rate)
+    before = two.error({name: start.parts for name, start in starts.items()}, scheme)
+    assert two.error(made, scheme) <= before * (1 + 1e-6)
+
+
 def test_what_serves_the_block_worse_is_not_taken() -> None:
     two = TwoLayers()
     starts = two.starts(SCHEMES[0])

@@ -36,9 +36,12 @@ class Start:
 class RoundedLinear(nn.Module):
     """A layer that computes with its quantized weight.
 
-    A code is ``round(place / factor + shift)``: ``place`` is the weight in steps, moved into the
-    cell of the code from which learning starts where it lies in another one.  ``shift``, in
-    [-1/2, 1/2] for every weight, and ``factor`` for every step are learned.  Offsets stay.
+    A code is ``round(place + shift)``: ``place`` is the weight in steps, moved into the cell of the
+    code from which learning starts where it lies in another one.  ``shift``, in [-1/2, 1/2] for
+    every weight, and ``factor`` for every step are learned.  Offsets stay.
+
+    Other than in AutoRound a factor does not move the places: codes of GPTQ make up for the errors
+    of each other, and those that lie near the end of their cell would flip with any factor.
 
     Parameters
     ----------
@@ -63,8 +66,7 @@ class RoundedLinear(nn.Module):
         # Beyond the ends of the grid all values have the same code.
         low = torch.where(codes > self._lowest, codes - 0.5 + _EDGE, -torch.inf)
         high = torch.where(codes < self._highest, codes + 0.5 - _EDGE, torch.inf)
-        place = (sets / self._step + self._offset).clamp(low, high)
-        self._place = place - self._offset
+        self._place = (sets / self._step + self._offset).clamp(low, high)
         self._bias = bias_of(linear)
         self.shift = nn.Parameter(torch.zeros_like(sets))
         self.factor = nn.Parameter(torch.ones_like(self._step))
@@ -79,10 +81,20 @@ class RoundedLinear(nn.Module):
         """The weight that the codes stand for, (out, in); gradients pass through the rounding."""
         return ((self._codes() - self._offset) * self._steps()).reshape(self._shape)
 
-    def limit(self) -> None:
-        """Bring what is learned back into its range."""
-        self.shift.data.clamp_(-0.5, 0.5)
-        self.factor.data.clamp_(*_FACTORS)
+    def step(self, shift: torch.Tensor, factor: torch.Tensor) -> None:
+        """Take a step off what is learned, and stay in its range."""
+        self.shift.data.sub_(shift).clamp_(-0.5, 0.5)
+        self.factor.data.sub_(factor).clamp_(*_FACTORS)
+
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of what is learned."""
+        return self.shift.detach().clone(), self.factor.detach().clone()
+
+    def go(self, share: float, end: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Go a share of the way from the start, where a shift is 0 and a factor 1, to an end."""
+        shift, factor = end
+        self.shift.data.copy_(share * shift)
+        self.factor.data.copy_(1 + share * (factor - 1))
 
     def parts(self, note: str) -> Parts:
         """Return codes and scales as they are now."""
@@ -95,5 +107,5 @@ class RoundedLinear(nn.Module):
         return (self._step * self.factor).clamp(min=EPS)
 
     def _codes(self) -> torch.Tensor:
-        at = self._place / self.factor + self._offset + self.shift
+        at = self._place + self.shift
         return (at + (at.round() - at).detach()).clamp(self._lowest, self._highest)

@@ -73,7 +73,7 @@ class RoundedStream:
                 starts,
                 inputs,
                 iterations=options.iterations,
-                rate=options.first_rate,
+                rate=options.block_rate,
                 seed=samples.index,
             )
             starts = {local: replace(starts[local], parts=parts) for local, parts in made.items()}

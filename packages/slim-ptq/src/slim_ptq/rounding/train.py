@@ -2,8 +2,9 @@
 
 The idea of AutoRound (Cheng et al., arXiv:2309.05516): what counts is the output of the block, and
 the signs of its gradients decide which way a weight is rounded and how wide steps are.  Other than
-there, learning starts from the codes and scales of another method, and what it gives is taken only
-if it serves the block better on all calibration data.
+there, learning starts from the codes and scales of another method, and what it gives is gone back
+from as far as serves the block best on all calibration data, to the start if need be: steps by sign
+never rest, and leave many weights a hair beyond the point where their code flips.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from slim_core.logging import get_logger
 from slim_ptq.methods import Parts
 from slim_ptq.rounding.linear import RoundedLinear, Start
 from slim_ptq.structure import replaced
+
+_FACTOR_RATE = 0.25  # of the rate: a factor moves the weights of a whole row or group
+_SHARES = 1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3  # of the way from the start that are looked at
 
 _log = get_logger("ptq")
 
@@ -74,24 +78,31 @@ def train_rounding(
     layers = {
         local: RoundedLinear(block.get_submodule(local), start) for local, start in starts.items()
     }
-    learned = [p for layer in layers.values() for p in (layer.shift, layer.factor)]
     loss = _Loss(name, block, samples)
     order = _shuffled(len(samples), seed)
     with replaced(block, layers), torch.enable_grad():
         first = loss.mean()
         for step in range(iterations):
-            slopes = torch.autograd.grad(loss(next(order)), learned)
+            learned = [p for layer in layers.values() for p in (layer.shift, layer.factor)]
+            slopes = iter(torch.autograd.grad(loss(next(order)), learned))
             speed = rate * (1 - step / iterations)
-            for parameter, slope in zip(learned, slopes, strict=True):
-                parameter.data.sub_(slope.sign_(), alpha=speed)
-            for layer in layers.values():
-                layer.limit()
-        last = loss.mean()
-    _log.info("%s: error %.3e -> %.3e", name, first, last)
-    if last < first:
-        note = f"block error {first:.2e} -> {last:.2e} in {iterations} steps"
-        return {local: layer.parts(note) for local, layer in layers.items()}
-    return {local: start.parts for local, start in starts.items()}
+            for layer, shift, factor in zip(layers.values(), slopes, slopes, strict=True):
+                layer.step(speed * shift.sign_(), _FACTOR_RATE * speed * factor.sign_())
+        ends = {local: layer.learned() for local, layer in layers.items()}
+        best, last = 0.0, first
+        for share in _SHARES if iterations else ():
+            for local, layer in layers.items():
+                layer.go(share, ends[local])
+            found = loss.mean()
+            if found < last:
+                best, last = share, found
+    _log.info("%s: error %.3e -> %.3e, %.0f %% of the way", name, first, last, 100 * best)
+    if not best:
+        return {local: start.parts for local, start in starts.items()}
+    note = f"block error {first:.2e} -> {last:.2e} in {iterations} steps"
+    for local, layer in layers.items():
+        layer.go(best, ends[local])
+    return {local: layer.parts(note) for local, layer in layers.items()}
 
 
 class _Loss:
