@@ -52,7 +52,7 @@ def main() -> None:
         "rounding",
         COMMAND,
         {
-            "question": "divergence of examples/tiny-llama by the rate of sign rounding, on held-out text",
+            "question": "divergence of tiny-llama by the rate of sign rounding, on held-out text",
             "calibration_tokens": ids.numel(),
             "measured_tokens": sum(batch.numel() for batch in held_out),
             "rows": rows,
