@@ -146,6 +146,7 @@ def test_mistakes(config, tiny_dir, float_ckpt, boolq, tmp_path, capsys):
         (["quantize", "-c", config, "-q", "rtn-c8", "-s", boolq], "-s and -t belong together"),
         (["quantize", model, out, "-q", "ptq", "-w", "int8", "--layout", "gs-ptq"], "--layout"),
         (["quantize", model, out, "-q", "ptq", "-k", "int8", "-kvg", "per_token"], "fixed scales"),
+        (["quantize", model, f"{out}.bin", "-q", "rtn-a16w8"], "must end in .ckpt or .safetensors"),
         (["convert", float_ckpt, out], "has no config.json"),
         (["convert", model, tmp_path / "x.bin"], "must end in .ckpt or .safetensors"),
         (["dequantize", float_ckpt, tmp_path / "x.ckpt"], "holds no quantized layer"),

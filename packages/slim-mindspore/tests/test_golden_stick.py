@@ -1,6 +1,7 @@
 """Against mindspore-gs itself, where an environment has it.
 
-mindspore-gs pins a MindSpore of its own and imports mindformers.  An environment for this file:
+mindspore-gs pins a MindSpore of its own and imports mindformers.  An environment for this file and
+``test_mindformers.py``:
 ``pip install mindspore==2.7.1.post1 mindformers==1.7.0 tqdm prettytable matplotlib``, then
 ``pip install --no-deps mindspore-gs==1.2.0``, then this package and what it needs.
 """

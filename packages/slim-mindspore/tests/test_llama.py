@@ -34,6 +34,15 @@ def test_graph_mode_equals_pynative(shared_model, reference, graph_mode):
     assert np.abs(graph - shared_model(ms.Tensor(reference["ids"])).asnumpy()).max() <= 1e-6
 
 
+def test_one_graph_for_every_length(tiny, reference, graph_mode):
+    tiny.set_inputs(ms.Tensor(shape=[1, None], dtype=ms.int32))
+    short, long = (ms.Tensor(reference["ids"][:1, :n].astype(np.int32)) for n in (16, 40))
+    graphs = [tiny(ids).asnumpy() for ids in (short, long)]
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    for graph, ids in zip(graphs, (short, long), strict=True):
+        assert np.abs(graph - tiny(ids).asnumpy()).max() <= 1e-6
+
+
 def test_cached_decoding_equals_recomputation(shared_model, reference):
     ids = reference["ids"][:, :32]
     cache = shared_model.new_cache()

@@ -223,6 +223,26 @@ def test_files_compute_what_the_network_does(made, ids, tiny_dir, tmp_path, name
     assert relative_error(loaded[0], logits) <= bound
 
 
+@pytest.mark.parametrize("form", ["m.ckpt", "m.safetensors", "directory"])
+def test_an_interrupted_save_leaves_nothing(made, tiny_dir, tmp_path, monkeypatch, form):
+    target = tmp_path / "new" / form
+
+    def save():
+        if form == "directory":
+            return save_ascend(made("w8"), tiny_dir, target)
+        return save_quantized(made("w8"), target)
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            save()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert save().exists()
+
+
 def test_names_of_the_layouts(made, tmp_path):
     expected = {
         "rtn": {

@@ -100,8 +100,10 @@ class InputStatistics:
 
 
 def call_with_ids(network: Any, ids: np.ndarray) -> None:
-    """Call a network with int32 ids."""
-    network(Tensor(np.asarray(ids, np.int32), ms.int32)).asnumpy()
+    """Call a network with int32 ids; it may return its logits in a tuple, as MindFormers does."""
+    output = network(Tensor(np.asarray(ids, np.int32), ms.int32))
+    logits = output[0] if isinstance(output, (list, tuple)) else output
+    logits.asnumpy()  # waits for the network
 
 
 def collect(

@@ -38,6 +38,7 @@ Quantize a Llama, in one of two forms:
 """
 
 _NONE = "none"
+_OTHER_SUFFIXES = (".bin", ".npy", ".npz", ".pt", ".pth")  # no name for a directory
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,11 @@ def _from_model(options: argparse.Namespace) -> Job:
     if not options.model or not options.output or not options.approach:
         raise InvalidValueError("MODEL, OUTPUT and -q are needed, or -c CONFIG")
     output = Path(options.output)
+    if output.suffix in _OTHER_SUFFIXES:
+        raise InvalidValueError(
+            f"OUTPUT must end in {' or '.join(WEIGHT_SUFFIXES)}, or be a directory, "
+            f"not {options.output!r}"
+        )
     overrides = _overrides(options)
     if output.suffix not in WEIGHT_SUFFIXES:
         if options.layout or options.compute_dtype:
