@@ -39,7 +39,7 @@ from slim_ptq.transforms import (
 
 FIRST = {
     "awq": {"smooth": "awq"},
-    "smoothquant": {"smooth": "smoothquant"},
+    "smoothquant": {"smooth": {"method": "smoothquant", "alpha": 0.8}},  # as the peer's
     "rotation": {"rotate": {}},
 }
 

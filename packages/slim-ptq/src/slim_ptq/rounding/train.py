@@ -78,12 +78,12 @@ def train_rounding(
     layers = {
         local: RoundedLinear(block.get_submodule(local), start) for local, start in starts.items()
     }
+    learned = [p for layer in layers.values() for p in (layer.shift, layer.factor)]
     loss = _Loss(name, block, samples)
     order = _shuffled(len(samples), seed)
     with replaced(block, layers), torch.enable_grad():
         first = loss.mean()
         for step in range(iterations):
-            learned = [p for layer in layers.values() for p in (layer.shift, layer.factor)]
             slopes = iter(torch.autograd.grad(loss(next(order)), learned))
             speed = rate * (1 - step / iterations)
             for layer, shift, factor in zip(layers.values(), slopes, slopes, strict=True):

@@ -89,7 +89,7 @@ def suppress_block(
     stored : mapping, optional
         Dtypes in which norms will be stored, by their local names, where these are not their own.
     data : BlockData, optional
-        There for methods that judge scales by the output of the block.
+        There for :class:`~slim_ptq.transforms.awq.BlockAwq`.
 
     Returns
     -------
@@ -120,7 +120,8 @@ def suppress_block(
         shift = stats.midrange if wanted and not unshifted else None
         if shift is not None:
             stats = stats.moved(torch.ones_like(shift), shift)
-        if isinstance(method, BlockAwq) and data is not None:
+        if isinstance(method, BlockAwq):
+            assert data is not None  # narrowing: recipes name it, whose pipeline keeps the data
             of = dict(zip(names, readers, strict=True))
             error = BlockError(block, link, stats, of, data, method.block_tokens)
             scales = best_scales(method.candidates(link, stats), error)
