@@ -26,7 +26,7 @@ COMMAND = "nox -s bench-slim-ptq"
 OPTIONS = (
     {"iterations": 0},  # GPTQ on what quantized blocks give
     {"iterations": 200, "rate": 0.00125},
-    {"iterations": 200},
+    {"iterations": 200, "rate": 0.0025},
     {"iterations": 200, "rate": 0.005},
 )
 SCHEMES = ((3, 32, False), (4, 0, True))

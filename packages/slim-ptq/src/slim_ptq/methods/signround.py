@@ -39,7 +39,7 @@ class SignRound:
         In [0, 100000]; 0 is GPTQ in a block, rounding to nearest in a layer alone.
     rate : float, optional
         Of the first step, falling linearly to 0.  If not given, ``1 / iterations`` in a layer
-        alone, with which every weight can just reach either neighbour, and half of that in a
+        alone, with which every weight can just reach either neighbour, and a quarter of that in a
         block, where learning starts from codes that fit each other.
 
     Raises
@@ -67,7 +67,7 @@ class SignRound:
     @property
     def block_rate(self) -> float:
         """The rate of the first step in a block."""
-        return self.rate or 0.5 / max(self.iterations, 1)
+        return self.rate or 0.25 / max(self.iterations, 1)
 
     def start(
         self, name: str, weight: torch.Tensor, scheme: TensorScheme, inputs: LayerInputs
