@@ -1,7 +1,7 @@
 """Whether a run that is killed again and again ends in the bytes of one that was left alone.
 
 Models of up to several gigabytes, so that kills fall on everything that a run does: reading,
-calibrating, writing, flushing, verifying.  Every attempt is ended by SIGKILL after a random time,
+calibrating, writing, flushing, verifying.  Every attempt is ended by SIGKILL in a random step,
 and the next one goes on with ``--resume``; what the last one leaves is compared file by file.
 """
 
@@ -23,21 +23,25 @@ from _common import save, write_llama
 
 COMMAND = "nox -s bench-slim-ptq"
 SAMPLES, LENGTH = 4, 128
-JOBS: dict[str, tuple[dict[str, int], list[str], int]] = {  # model, options, kills
-    "w8a8": ({"layers": 24, "hidden": 2048, "inter": 5632}, ["--scheme", "w8a8"], 8),
+# model, options, kills, at most so many steps before one
+JOBS: dict[str, tuple[dict[str, int], list[str], int, int]] = {
+    "w8a8": ({"layers": 24, "hidden": 2048, "inter": 5632}, ["--scheme", "w8a8"], 8, 6),
     "w8a8, hidden states on disk": (
         {"layers": 12, "hidden": 1024, "inter": 2816},
         ["--scheme", "w8a8", "--activation-gib", "0"],
         6,
+        4,
     ),
     "w4a16_g128 by gptq": (
         {"layers": 6, "hidden": 1024, "inter": 2816},
         ["--scheme", "w4a16_g128", "--method", "gptq"],
         6,
+        2,
     ),
-    "w8a16": ({"layers": 24, "hidden": 2048, "inter": 5632}, ["--scheme", "w8a16"], 6),
+    "w8a16": ({"layers": 24, "hidden": 2048, "inter": 5632}, ["--scheme", "w8a16"], 6, 150),
 }
 LATE = 2  # of the kills come while what was written is verified
+CHANCE = random.Random(0)
 
 
 def started(model: Path, output: Path, options: list[str], events: Path) -> subprocess.Popen[bytes]:
@@ -49,31 +53,38 @@ def started(model: Path, output: Path, options: list[str], events: Path) -> subp
     )
 
 
-def killed(process: subprocess.Popen[bytes], seconds: float, sign: Path | None) -> bool:
-    """Kill a process some seconds after it began, or began to verify what a file of events tells.
+def killed(process: subprocess.Popen[bytes], events: Path, stage: str, steps: int) -> bool:
+    """Kill a process somewhere in the step after so many steps of a stage.
 
     Returns
     -------
     bool
         False if it was done before.
     """
-    try:
-        while sign is not None and '"Verifying"' not in read(sign):
-            if process.poll() is not None:
-                break
-            time.sleep(0.005)
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
-    if process.returncode:
-        raise RuntimeError(f"{process.args} ended with {process.returncode}")
+    while process.poll() is None:
+        lines = [
+            line for line in read(events).splitlines() if line.startswith(f'{{"stage": "{stage}')
+        ]
+        if len(lines) >= steps:
+            share = json.loads(lines[-1])["seconds"] / len(lines) if lines else 1.0
+            time.sleep(share * CHANCE.random())
+            process.kill()
+            return process.wait() != 0
+        time.sleep(0.005)
+    check(process)
     return False
 
 
+def check(process: subprocess.Popen[bytes]) -> None:
+    """Require that a process ends well."""
+    if process.wait():
+        raise RuntimeError(f"{process.args} ended with {process.returncode}")
+
+
 def read(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
+    """Return the complete lines of a file."""
+    text = file.read_text() if file.exists() else ""
+    return text[: text.rfind("\n") + 1]
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -97,8 +108,7 @@ def last_step(events: Path) -> str:
 
 def run(root: Path, name: str) -> dict[str, Any]:
     """Run a job undisturbed and killed, and compare."""
-    shape, options, kills = JOBS[name]
-    chance = random.Random(name)
+    shape, options, kills, steps = JOBS[name]
     model, whole, out = root / "model", root / "whole", root / "out"
     if not model.exists():
         write_llama(model, **shape)
@@ -109,30 +119,27 @@ def run(root: Path, name: str) -> dict[str, Any]:
         data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
         options = [*options, "--calib", str(data), "--length", str(LENGTH)]
     begun = time.perf_counter()
-    if killed(started(model, whole, options, root / "events-whole"), 3600, None):
-        raise RuntimeError(f"{name} took more than an hour")
+    check(started(model, whole, options, root / "events"))
     alone = time.perf_counter() - begun
     expected = digests(whole)
-    points: list[dict[str, Any]] = []
-    while not out.exists():
-        events = root / f"events-{len(points)}"
-        late = len(points) >= kills - LATE
-        if len(points) == kills:
-            if killed(started(model, out, options, events), 3600, None):
-                raise RuntimeError(f"{name} took more than an hour")
+    points: list[str] = []
+    for number in range(kills):
+        events = root / f"events-{number}"
+        process = started(model, out, options, events)
+        late = number >= kills - LATE
+        stage, most = ("Verifying", 9) if late else ("Quantizing", steps)
+        if not killed(process, events, stage, CHANCE.randint(0, most)):
             break
-        # Long enough on average to get on, and so short that all kills fall into the run.
-        after = chance.uniform(0.0, 0.3) if late else chance.uniform(0.02, 0.4) * alone
-        if killed(started(model, out, options, events), after, events if late else None):
-            where = last_step(events)
-            points.append({"seconds": round(after, 2), "verifying": late, "last step": where})
-            print(name, points[-1], flush=True)
+        points.append(last_step(events))
+        print(name, points[-1], flush=True)
+    if not out.exists():
+        check(started(model, out, options, root / "events"))
     found = digests(out)
     return {
         "options": options[: options.index("--calib")] if "--calib" in options else options,
         "model_gigabytes": round(nbytes / 1e9, 2),
         "seconds_alone": round(alone, 1),
-        "kills": points,
+        "killed after": points,
         "files": len(expected),
         "identical": found == expected,
     }

@@ -224,8 +224,10 @@ def test_another_job_is_refused(
     stopped(source, out, calibration, monkeypatch)
     with pytest.raises(OutputExistsError, match="interrupted run"):
         run(source, out, calibration, "w8a8")
-    with pytest.raises(ResumeError, match="another recipe or setting"):
+    with pytest.raises(ResumeError, match=r"with another recipe\n"):
         run(source, out, calibration, "everything", resume=True)
+    with pytest.raises(ResumeError, match=r"with another size of weight files\n"):
+        run(source, out, calibration, "w8a8", resume=True, max_shard_gib=1)
     other = tmp_path / "other.jsonl"
     other.write_text(calibration.read_text().replace("[", "[5, ", 1))
     with pytest.raises(ResumeError, match=r"another calibration data\n"):

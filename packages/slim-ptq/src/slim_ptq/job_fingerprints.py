@@ -11,12 +11,6 @@ def job_fingerprints(job: Prepared, device: str, shard: int, team: Team) -> dict
     """Return what an interrupted run must have in common with the one that goes on with it."""
     files = {info.file for info in job.checkpoint.tensors.values()}
     versions = provenance(["slim-ptq", "torch", "transformers"])
-    settings = {
-        "recipe": job.recipe.to_dict(),
-        "device": device,
-        "max_shard_bytes": shard,
-        "processes": team.size,
-    }
     model = {
         "config": job.checkpoint.config,
         "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files),
@@ -24,7 +18,10 @@ def job_fingerprints(job: Prepared, device: str, shard: int, team: Team) -> dict
     data = b"" if job.data is None else b"".join(x.numpy().tobytes() for x in job.data.batches)
     shapes = [] if job.data is None else [list(x.shape) for x in job.data.batches]
     return {
-        "recipe or setting": fingerprint(settings),
+        "recipe": fingerprint(job.recipe.to_dict()),
+        "device": device,
+        "size of weight files": str(shard),
+        "number of processes": str(team.size),
         "model": fingerprint(model),
         "calibration data": fingerprint({"shapes": shapes, "ids": fingerprint(data)}),
         "version of a package": fingerprint(versions),
