@@ -134,6 +134,8 @@ def show_errors(output: Path | None = None) -> Iterator[None]:
         _say_how_to_go_on(output)
         sys.exit(1)
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes says it for all
+            sys.exit(130)
         typer.echo("interrupted", err=True)
         if not _say_how_to_go_on(output):
             typer.echo("nothing was written", err=True)
