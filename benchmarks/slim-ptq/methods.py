@@ -1,14 +1,16 @@
-"""How far the predictions of the example model move under every weight method and its options.
+"""How far the predictions of the example models move under every weight method and its options.
 
 Defaults are chosen here, so nothing that results are reported on is looked at: calibration is on
-the first half of the lines of examples/calib.jsonl, the measure on the second half.  It is the mean
-Kullback-Leibler divergence from the float model in thousandths of a nat a token.  Schemes of 2 and
-3 bits have no file format; they are measured by putting the dequantized weights into the model.
+the first half of the lines of examples/calib.jsonl, the measure on the second half; for copy-llama,
+on other repeated random segments than are reported on.  It is the mean Kullback-Leibler divergence
+from the float model in thousandths of a nat a token.  3 bits have no file format; all schemes are
+measured by putting the dequantized weights into the model.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ from slim_ptq.methods.grid import WeightGrid
 
 COMMAND = "nox -s bench-slim-ptq"
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "examples" / "tiny-llama"
+MODELS = ("tiny-llama", "copy-llama")
 METHODS: dict[str, Any] = {
     "minmax": "minmax",
+    "minmax, full range": {"name": "minmax", "full_range": True},
     "clip": "clip",
     "clip, weighted": {"name": "clip", "weighted": True},
     "ssz": "ssz",
@@ -47,70 +50,91 @@ METHODS: dict[str, Any] = {
         "static_groups": False,
     },
     "gptq": "gptq",
-    "gptq, no sweeps": {"name": "gptq", "sweeps": 0},
-    "gptq, 1 sweep": {"name": "gptq", "sweeps": 1},
-    "gptq, 5 sweeps": {"name": "gptq", "sweeps": 5},
+    **{f"gptq, {count} sweeps": {"name": "gptq", "sweeps": count} for count in (0, 1, 4, 8)},
     "gptq, no refit": {"name": "gptq", "refit": False},
-    "gptq, damp 0.001": {"name": "gptq", "damp": 0.001},
-    "gptq, damp 0.05": {"name": "gptq", "damp": 0.05},
+    **{f"gptq, damp {damp}": {"name": "gptq", "damp": damp} for damp in (0.001, 0.003, 0.03)},
     "gptq, natural order": {"name": "gptq", "order": "natural"},
+    "gptq, group order": {"name": "gptq", "order": "group"},
+    "gptq, groups in their turn": {"name": "gptq", "order": "group", "static_groups": False},
     "gptq, min-max range": {"name": "gptq", "range": "minmax"},
 }
 SCHEMES = [
     (4, 0, True),
+    (4, 32, True),
     (4, 32, False),
-    (3, 0, True),
-    (2, 32, False),
+    (3, 32, False),
 ]
 LENGTH = 256
+SEGMENTS = 24  # of copy-llama, for each purpose
 
 
 def main() -> None:
     """Measure and save."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    rows = [row for model in MODELS for row in rows_of(model)]
+    save(
+        "methods",
+        COMMAND,
+        {
+            "question": "divergence of the models of examples/ by weight method, on held-out text",
+            "tokens": {
+                name: [sum(map(torch.numel, part)) for part in halves(name)] for name in MODELS
+            },
+            "rows": rows,
+        },
+    )
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Return the divergence of a model by scheme and method."""
+    path = ROOT / "examples" / name
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     linears = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
     }
     weights = {name: module.weight.detach().clone() for name, module in linears.items()}
-    seen, held_out = halves()
+    seen, held_out = halves(name)
     needs = dict.fromkeys(linears, make_method(MethodSpec("gptq")).needs)
+    rows: list[dict[str, Any]] = []
     samples = [[batch] for batch in seen]
     inputs = {
         k: v for part in model_inputs(model, linears, needs, samples) for k, v in part.items()
     }
     exact = likelihoods(model, held_out)
-    rows = []
     for bits, group, symmetric in SCHEMES:
         scheme = scheme_of(bits, group, symmetric)
         for label, spec in METHODS.items():
-            if symmetric and label == "hqq, float offset":
-                continue
+            if label == ("hqq, float offset" if symmetric else "minmax, full range"):
+                continue  # no other than without
             method = make_method(MethodSpec.parse(spec))
-            for name, linear in linears.items():
-                linear.weight.data = dequantized(method, weights[name], scheme, inputs[name])
+            started = time.perf_counter()
+            for layer, linear in linears.items():
+                linear.weight.data = dequantized(method, weights[layer], scheme, inputs[layer])
+            seconds = round(time.perf_counter() - started, 2)
             moved = functional.kl_div(
                 likelihoods(model, held_out), exact, reduction="sum", log_target=True
             )
-            divergence = round(1000 * float(moved) / exact.shape[:2].numel(), 2)
-            rows.append({"scheme": text_of(scheme), "method": label, "divergence": divergence})
+            rows.append(
+                {
+                    "model": name,
+                    "scheme": text_of(scheme),
+                    "method": label,
+                    "divergence": round(1000 * float(moved) / exact.shape[:2].numel(), 3),
+                    "seconds": seconds,
+                }
+            )
             print(rows[-1], flush=True)
-    save(
-        "methods",
-        COMMAND,
-        {
-            "question": "divergence of examples/tiny-llama by weight method, on held-out text",
-            "calibration_tokens": sum(batch.numel() for batch in seen),
-            "measured_tokens": sum(batch.numel() for batch in held_out),
-            "rows": rows,
-        },
-    )
+    return rows
 
 
-def halves() -> list[tuple[torch.Tensor, ...]]:
-    """Return the tokens of both halves of the texts, in batches of four windows."""
-    tokenizer = load_tokenizer(MODEL)
+def halves(name: str) -> list[tuple[torch.Tensor, ...]]:
+    """Return what is calibrated on and what is measured on, in batches of four windows."""
+    if name == "copy-llama":
+        generator = torch.Generator().manual_seed(2000)
+        segments = torch.randint(1, 512, (2, SEGMENTS, LENGTH // 2), generator=generator)
+        return [torch.split(torch.cat([half, half], dim=1), 4) for half in segments]
+    tokenizer = load_tokenizer(ROOT / "examples" / name)
     lines = (ROOT / "examples" / "calib.jsonl").read_text(encoding="utf-8").splitlines()
     middle = len(lines) // 2
     found = []

@@ -28,7 +28,8 @@ class Clip(WeightedMethod):
     weighted : bool
         See :class:`~slim_ptq.methods.nearest.WeightedMethod`.
     steps : int
-        Candidate ranges, in [1, 1000].
+        How finely ranges are searched, in [1, 1000]
+        (:func:`slim_ptq.methods.search.shrink_range`).
     smallest : float
         Smallest of them as a share of the min-max range, in (0, 1).
 

@@ -76,7 +76,9 @@ def factorize(
     check_finite(name, "mean of x xᵀ", hessian)
     if order is None:
         order = torch.arange(hessian.shape[0], device=hessian.device)
-    work = hessian.float()[order][:, order]
+        work = hessian.float().clone()
+    else:
+        work = hessian.float()[order][:, order]
     diagonal = work.diagonal()
     mean = float(diagonal.mean())
     silent = diagonal <= 0
@@ -95,9 +97,8 @@ def factorize(
                 notes += _noted(name, damp, raised, dtype)
                 upper = lower.flip(0, 1)
                 pivots = upper.diagonal().clone()
-                return Feedback(
-                    damped, (upper / pivots).float(), pivots.square().float(), order, notes
-                )
+                upper = upper.div_(pivots).float()
+                return Feedback(damped, upper, pivots.square().float(), order, notes)
         if raised >= _MOST:
             raise NumericalError(
                 f"the mean of x xᵀ of {name} is not positive definite",

@@ -47,10 +47,7 @@ class Grid:
         if isinstance(dtype, TableType):
             codes: torch.Tensor = encode_table(weight / self.scale, dtype)
             return codes
-        places = weight / self.scale
-        if not self.scheme.symmetric:
-            places += self.offset
-        return places.round_().clamp_(lowest_code(self.scheme), dtype.max)
+        return round_places(weight / self.scale, self.offset, self.scheme)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return what codes stand for, float32."""
@@ -62,10 +59,17 @@ class Grid:
 
     def error(self, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         """Return the weighted squared error of each set, shape (sets, 1)."""
-        square = (self.values(self.codes(weight)) - weight).square_()
-        if importance is not None:
-            square = square * importance
-        return square.sum(dim=1, keepdim=True)
+        places = weight / self.scale  # in steps, which saves a product for each weight
+        dtype = self.scheme.dtype
+        if isinstance(dtype, TableType):
+            miss = decode_table(encode_table(places, dtype), dtype).sub_(places)
+        else:
+            if not self.scheme.symmetric:
+                places += self.offset
+            miss = places.round().clamp_(lowest_code(self.scheme), dtype.max).sub_(places)
+        square = miss.square_() if importance is None else miss.square_().mul_(importance)
+        total: torch.Tensor = square.sum(dim=1, keepdim=True) * self.scale.square()
+        return total
 
     def moved(self, scale: torch.Tensor, offset: torch.Tensor) -> Grid:
         """Return the grid with another scale, the nearest that can be stored, and offset."""
@@ -85,6 +89,13 @@ class Grid:
         if self.scheme.scales is ScaleKind.E8M0:
             return torch.exp2(scale.log2().round().clamp(-126, 127))
         return scale.clamp(min=EPS)
+
+
+def round_places(places: torch.Tensor, offset: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """Round weights in steps to the codes of an integer type, in place."""
+    if not scheme.symmetric:
+        places += offset
+    return places.round_().clamp_(lowest_code(scheme), scheme.dtype.max)
 
 
 Fit = Callable[[torch.Tensor, Grid, torch.Tensor | None], Grid]

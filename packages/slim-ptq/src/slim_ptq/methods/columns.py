@@ -1,0 +1,180 @@
+"""The codes of one weight while GPTQ chooses them, column by column.
+
+Matrices are kept transposed, (in, out) in the order of the feedback, so that a column of the weight
+is contiguous.  A column takes a few short operations on vectors; what columns owe to those before
+them is added in products as large as possible, for blocks of columns and for parts of blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slim_core.dtypes import TableType
+from slim_core.tables import decode_table, encode_table
+from slim_ptq.methods.feedback import Feedback
+from slim_ptq.methods.grid import Fit, Grid, WeightGrid, minmax_grid, round_places
+
+INNER = 16  # columns between two products inside of a block
+_COMPARED = 512  # columns between two looks at which rows are still undecided
+
+
+class ColumnRounding:
+    """A weight, its grid, and codes with their errors.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        float32, shape (out, in).
+    grid : WeightGrid
+        From which codes are chosen.
+    feedback : Feedback
+    block : int
+        Columns between two updates of the whole weight.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, grid: WeightGrid, feedback: Feedback, block: int
+    ) -> None:
+        self.feedback = feedback
+        self.block = block
+        self.scheme = grid.scheme
+        self.scale, self.offset = grid.scale.T.contiguous(), grid.offset.T.contiguous()
+        self._unit = grid.unit
+        order = feedback.order
+        self.target = weight.T.contiguous()
+        if not bool((order[1:] > order[:-1]).all()):
+            self.target = self.target[order]
+        self.error = torch.empty_like(self.target)
+        self.codes = torch.empty_like(self.target, dtype=torch.int8)
+        self._loss = weight.new_zeros(weight.shape[0])
+        self.groups = order // (len(order) // len(self.scale))
+
+    def grid(self) -> WeightGrid:
+        """Return the grid as it is now."""
+        scale, offset = self.scale.T.contiguous(), self.offset.T.contiguous()
+        return WeightGrid(self.scheme, scale, offset, self._unit)
+
+    def natural_codes(self) -> torch.Tensor:
+        """Return the codes, int8, shape (out, in)."""
+        codes = torch.empty_like(self.codes)
+        codes[self.feedback.order] = self.codes
+        return codes.T
+
+    def group_grid(self, group: int) -> Grid:
+        """Return scale and offset of all rows in one group, shape (out,)."""
+        unit = None if self._unit is None else self._unit[:, 0]
+        return Grid(self.scheme, self.scale[group], self.offset[group], unit)
+
+    def forward(self) -> None:
+        """Choose all codes on the grid as it is."""
+        for start in range(0, len(self.target), self.block):
+            self._block(start, min(start + self.block, len(self.target)))
+
+    def choose_grids(self, fit: Fit) -> None:
+        """Choose the grid of each group when its turn comes, and its codes."""
+        size = len(self.target) // len(self.scale)
+        upper = self.feedback.upper
+        for start in range(0, len(self.target), size):
+            part = slice(start, start + size)
+            made_up = upper[:start, part].T @ self.error[:start]
+            # What is left of the optimum of the columns to come, given the errors so far.
+            rest = torch.linalg.solve_triangular(upper[part, part].T, made_up, upper=False)
+            sets = (self.target[part] + rest).T.contiguous()
+            moments = self.feedback.hessian.diagonal()[part].expand_as(sets)
+            grid = fit(sets, minmax_grid(sets, self.scheme, self._unit), moments)
+            group = int(self.groups[start])
+            self.scale[group] = grid.scale[:, 0]
+            self.offset[group] = grid.offset[:, 0]
+            for first in range(start, start + size, self.block):
+                self._block(first, min(first + self.block, start + size))
+
+    def keep_nearest(self) -> None:
+        """Take back the rows whose error plain rounding makes smaller.
+
+        Losses of columns add up, so rows are decided as soon as plain rounding has lost more.
+        """
+        upper, weights = self.feedback.upper, self.feedback.diagonal
+        rows = torch.arange(self.target.shape[1], device=self.target.device)
+        error, loss = torch.empty_like(self.error), torch.zeros_like(self._loss)
+        for start in range(0, len(self.target), _COMPARED):
+            stop = min(start + _COMPARED, len(self.target))
+            part = slice(start, stop)
+            error[part] = self._nearest(part, rows)[1]
+            loss += weights[part] @ (upper[:stop, part].T @ error[:stop]).square_()
+            undecided = loss < self._loss[rows]
+            count = int(undecided.sum())
+            if not count:
+                return
+            if 2 * count <= len(rows) or stop == len(self.target):
+                rows, loss, seen = rows[undecided], loss[undecided], error[:stop, undecided]
+                error = error.new_empty(len(error), count)
+                error[:stop] = seen
+        self.error[:, rows] = error
+        self.codes[:, rows] = self._nearest(slice(None), rows)[0]
+
+    def levels(self, part: slice | torch.Tensor, group: int) -> torch.Tensor:
+        """Return the levels, values in steps, of the codes of some columns in one group."""
+        codes = self.codes[part]
+        if isinstance(self.scheme.dtype, TableType):
+            levels: torch.Tensor = decode_table(codes, self.scheme.dtype)
+            return levels
+        floats = codes.float()
+        return floats if self.scheme.symmetric else floats.sub_(self.offset[group])
+
+    def round_levels(self, places: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Round values in steps to levels, in place."""
+        dtype = self.scheme.dtype
+        if isinstance(dtype, TableType):
+            return places.copy_(decode_table(encode_table(places, dtype), dtype))
+        round_places(places, offset, self.scheme)
+        return places if self.scheme.symmetric else places.sub_(offset)
+
+    def _nearest(self, part: slice, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and errors of plain rounding, (columns, rows)."""
+        every = len(rows) == self.target.shape[1]
+        target = self.target[part] if every else self.target[part][:, rows]
+        scale, offset = (
+            item if every or item.shape[1] == 1 else item[:, rows]
+            for item in (self._of_columns(self.scale, part), self._of_columns(self.offset, part))
+        )
+        levels = self.round_levels(target / scale, offset)
+        return self.codes_of(levels, offset), torch.addcmul(target, levels, scale, value=-1)
+
+    def _of_columns(self, parameter: torch.Tensor, part: slice) -> torch.Tensor:
+        """Return scale or offset of columns, one row if they share it."""
+        return parameter if len(parameter) == 1 else parameter[self.groups[part]]
+
+    def codes_of(self, levels: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Return the codes of levels, int8."""
+        dtype = self.scheme.dtype
+        if isinstance(dtype, TableType):
+            codes: torch.Tensor = encode_table(levels, dtype)
+            return codes
+        return (levels if self.scheme.symmetric else levels + offset).to(torch.int8)
+
+    def _block(self, start: int, stop: int) -> None:
+        """Choose the codes of a block of columns."""
+        part = slice(start, stop)
+        upper = self.feedback.upper
+        target, error = self.target[part], self.error[part]
+        values = torch.addmm(target, upper[:start, part].T, self.error[:start])
+        within = upper[part, part].T.contiguous()
+        places = torch.empty_like(values)
+        value_rows, place_rows = values.unbind(), places.unbind()
+        target_rows, error_rows = target.unbind(), error.unbind()
+        scales, offsets = self.scale.unbind(), self.offset.unbind()
+        groups = self.groups[part].tolist()
+        for first in range(0, stop - start, INNER):
+            last = min(first + INNER, stop - start)
+            if first:
+                values[first:last].addmm_(within[first:last, :first], error[:first])
+            for row in range(first, last):
+                if row > first:
+                    value_rows[row].addmv_(error[first:row].T, within[row, first:row])
+                scale, place = scales[groups[row]], place_rows[row]
+                torch.div(value_rows[row], scale, out=place)
+                self.round_levels(place, offsets[groups[row]])
+                torch.addcmul(target_rows[row], place, scale, value=-1, out=error_rows[row])
+        self.codes[part] = self.codes_of(places, self._of_columns(self.offset, part))
+        # The value that was rounded, less what it became.
+        self._loss += self.feedback.diagonal[part] @ values.sub_(target).add_(error).square_()
