@@ -70,8 +70,10 @@ def affine_params(
         peak = xp.maximum(xp.abs(low), xp.abs(high))
         if scheme.scales is ScaleKind.E8M0:
             return power_scale(peak, dtype.max), zero
-        spans = full_range and isinstance(dtype, IntType)
-        return xp.maximum(peak / ((dtype.max - dtype.min) / 2 if spans else dtype.max), eps), zero
+        largest: float = dtype.max
+        if full_range and isinstance(dtype, IntType):
+            largest = (dtype.max - dtype.min) / 2
+        return xp.maximum(peak / largest, eps), zero
     low, high = xp.minimum(low, zero), xp.maximum(high, zero)
     scale = xp.maximum((high - low) / (dtype.max - dtype.min), eps)
     return scale, xp.round(-low / scale) + dtype.min
