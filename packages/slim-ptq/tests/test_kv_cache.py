@@ -29,7 +29,7 @@ from slim_ptq import (
 )
 from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.kv import CacheQuantizer, CacheRanges, attach, cache_scheme, find_cache_sources
-from slim_ptq.structure import find_linears
+from slim_ptq.structure import cache_argument, find_linears
 
 TinyModel = Callable[..., Any]
 HIDDEN, HEAD = 64, 16
@@ -230,10 +230,11 @@ def test_generation_step_by_step_equals_one_pass(
     ids = tiny_ids(10, seed=3)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
+        name = cache_argument(model)
         cache, steps = None, []
         for token in ids.split(1, dim=1):
-            out = model(token, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(token, **{name: cache}, use_cache=True)
+            cache = out[name]
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=2e-4)
 
@@ -287,7 +288,9 @@ class RoundingCache(DynamicCache):
 
     scales: dict[tuple[int, str], torch.Tensor]
 
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any) -> Any:
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         rounded = (
             (states / scale).round().clamp(-128, 127) * scale
             for states, scale in (
@@ -295,7 +298,7 @@ class RoundingCache(DynamicCache):
                 (value_states, self.scales[layer_idx, "v"]),
             )
         )
-        return super().update(*rounded, layer_idx, *args)
+        return super().update(*rounded, layer_idx, *args, **kwargs)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox"])
@@ -309,7 +312,8 @@ def test_keys_measured_and_rounded_after_the_rotary_embedding(
     scales: dict[tuple[int, str], torch.Tensor] = {}
     with torch.no_grad():
         for ids in tokens.batches:
-            cache = model(ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+            cache = DynamicCache()
+            model(ids, use_cache=True, **{cache_argument(model): cache})
             for index in range(2):
                 keys, values = held(cache, index)
                 for part, states in (("k", keys), ("v", values)):
@@ -327,7 +331,7 @@ def test_keys_measured_and_rounded_after_the_rotary_embedding(
     rounding.scales = scales
     ids = tokens.batches[0]
     with torch.no_grad():
-        expected = model(ids, use_cache=True, past_key_values=rounding).logits
+        expected = model(ids, use_cache=True, **{cache_argument(model): rounding}).logits
         found = load_model(tmp_path / "out")(ids).logits
         plain = model(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -45,6 +45,7 @@ from slim_ra import (
     razor,
     write_profile,
 )
+from slim_ra.arguments import cache_argument
 from slim_ra.geometry import HeadGeometry
 from slim_ra.memory import predict
 
@@ -94,8 +95,9 @@ FALCON = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
-OWN_ATTENTION = {  # rotary models that do not call the attention interface of transformers
-    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**OLD)),
+OWN_ATTENTION = {  # rotary models that do not call the attention interface of transformers,
+    # or, GPT-J and CodeGen, not before transformers 5.24
+    "gptj": lambda **k: GPTJForCausalLM(GPTJConfig(**OLD, **k)),
     "codegen": lambda: CodeGenForCausalLM(CodeGenConfig(**OLD)),
     "falcon_rotary": lambda: FalconForCausalLM(FalconConfig(**FALCON, multi_query=False)),
     "falcon_rotary_mqa": lambda: FalconForCausalLM(FalconConfig(**FALCON)),
@@ -142,6 +144,11 @@ def tokens(batch, length, seed=0):
     return torch.randint(2, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def through(model, cache):
+    """The keyword argument that gives a model, or its ``generate``, a cache."""
+    return {cache_argument(model): cache}
+
+
 def steps(model, ids, cache, prefill, chunk=0, mask=None):
     """Logits of a prompt, single tokens, and one last chunk."""
     last = ids.shape[1] - chunk
@@ -158,7 +165,7 @@ def steps(model, ids, cache, prefill, chunk=0, mask=None):
                 kwargs = {}
             out.append(
                 model(
-                    ids[:, start:stop], past_key_values=cache, attention_mask=seen, **kwargs
+                    ids[:, start:stop], **through(model, cache), attention_mask=seen, **kwargs
                 ).logits
             )
     return torch.cat(out, 1)
@@ -215,12 +222,14 @@ def test_models_with_an_attention_of_their_own(name):
 
 @pytest.mark.parametrize("name", ["gptj", "falcon_rotary", "bloom"])
 def test_what_patched_models_refuse(name):
-    model = build({**OWN_ATTENTION, **ALIBI}[name])
+    # Dropout is what the attention interface refuses, to which GPT-J went over in 5.24.
+    options = {"attn_pdrop": 0.1} if name == "gptj" else {}
+    model = build({**OWN_ATTENTION, **ALIBI}[name], **options)
     profile = RetrievalHeads({}) if name != "bloom" else AlibiWindows(torch.full((8,), 9))
     with razor(model, RazorPolicy.from_profile(profile, model.config)) as new_cache:
         model.train()
         with pytest.raises(StructureError, match="eval"):
-            model(tokens(1, 5), past_key_values=new_cache())
+            model(tokens(1, 5), **through(model, new_cache()))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
@@ -235,7 +244,7 @@ def test_generate_is_identical(name, beams):
     expected = model.generate(ids, **settings)
     policy = RazorPolicy.from_profile(RetrievalHeads({0: [1]}), model.config, window=300)
     with razor(model, policy) as new_cache:
-        got = model.generate(ids, past_key_values=new_cache(), **settings)
+        got = model.generate(ids, **through(model, new_cache()), **settings)
     assert torch.equal(got, expected)
 
 
@@ -270,12 +279,12 @@ def test_greedy_padded_generate_equals_single_runs(copy_llama):
     )
     with razor(copy_llama, policy) as new_cache:
         batch = copy_llama.generate(
-            both, attention_mask=mask, past_key_values=new_cache(), **settings
+            both, attention_mask=mask, **through(copy_llama, new_cache()), **settings
         )
         for row, prompt in enumerate((long, short)):
             single = copy_llama.generate(
                 prompt,
-                past_key_values=new_cache(),
+                **through(copy_llama, new_cache()),
                 **settings,
                 attention_mask=torch.ones_like(prompt),
             )
@@ -320,7 +329,7 @@ def test_no_hidden_full_copy():
         before = {id(t) for t in live_tensors()}
         cache = new_cache()
         with torch.no_grad():
-            model.model(tokens(1, 3000), past_key_values=cache)
+            model.model(tokens(1, 3000), **through(model.model, cache))
         gc.collect()
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -345,11 +354,13 @@ def test_deferred_chunks_equal_one_prompt():
         expected = steps(model, ids, whole, 100)
         with torch.no_grad(), parts.defer():
             first = [
-                model(ids[:, at : at + 25], past_key_values=parts).logits
+                model(ids[:, at : at + 25], **through(model, parts)).logits
                 for at in range(0, 100, 25)
             ]
         assert parts.nbytes() < full_bytes(model, 100)
-        rest = [model(ids[:, at : at + 1], past_key_values=parts).logits for at in range(100, 120)]
+        rest = [
+            model(ids[:, at : at + 1], **through(model, parts)).logits for at in range(100, 120)
+        ]
     torch.testing.assert_close(torch.cat(first + rest, 1), expected, atol=1e-4, rtol=0)
     assert parts.nbytes() == whole.nbytes()
 
@@ -369,7 +380,7 @@ def test_multi_turn(wired):
             said = wired.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **through(wired, cache),
                 max_new_tokens=10,
                 do_sample=False,
             )
@@ -423,7 +434,7 @@ def test_cache_on_a_model_that_was_not_enabled(maker):
     profile = RetrievalHeads({}) if model.config.model_type == "llama" else legacy_windows(model)
     cache = RazorCache(model.config, RazorPolicy.from_profile(profile, model.config))
     with pytest.raises(StructureError, match="not set up"):
-        model(tokens(1, 5), past_key_values=cache)
+        model(tokens(1, 5), **through(model, cache))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -432,10 +443,10 @@ def test_cache_with_another_attention_raises_in_the_first_pass(layers):
     with razor(model, RazorPolicy.from_profile(RetrievalHeads({}), model.config)) as new_cache:
         model.config._attn_implementation = "sdpa"
         with pytest.raises(StructureError, match="did not attend"):
-            model(tokens(1, 5), past_key_values=new_cache())
+            model(tokens(1, 5), **through(model, new_cache()))
         copied = RazorCache(copy.deepcopy(model.config), new_cache().policy)
         with pytest.raises(StructureError, match="not set up"):
-            model(tokens(1, 5), past_key_values=copied)
+            model(tokens(1, 5), **through(model, copied))
     assert not model.base_model._forward_hooks
 
 
@@ -445,19 +456,19 @@ def test_refusals(tmp_path):
     ids = tokens(2, 20)
     with razor(model, policy) as new_cache:
         cache = new_cache()
-        model(ids, past_key_values=cache)
+        model(ids, **through(model, cache))
         with pytest.raises(StructureError, match="cropped"):
             cache.crop(-1)
         late = torch.ones(2, 21)
         late[0, -1] = 0
         with pytest.raises(StructureError, match="padding"):
-            model(ids[:, :1], past_key_values=cache, attention_mask=late)
+            model(ids[:, :1], **through(model, cache), attention_mask=late)
         right = torch.ones(2, 20)
         right[1, -3:] = 0
         with pytest.raises(StructureError, match="left"):
-            model(ids, past_key_values=new_cache(), attention_mask=right)
+            model(ids, **through(model, new_cache()), attention_mask=right)
         with pytest.raises(StructureError, match="four dimensions"):
-            model(ids, past_key_values=new_cache(), attention_mask=torch.zeros(2, 1, 20, 20))
+            model(ids, **through(model, new_cache()), attention_mask=torch.zeros(2, 1, 20, 20))
     for wrong in ("full", 3):
         with pytest.raises(ValueError, match="mode"):
             RazorCache(model.config, policy, mode=wrong)
@@ -480,7 +491,7 @@ def test_refusals(tmp_path):
         razor(model, RazorPolicy.from_profile(windows, model.config)) as new_cache,
         pytest.raises(StructureError, match="no ALiBi"),
     ):
-        model(ids, past_key_values=new_cache())
+        model(ids, **through(model, new_cache()))
 
 
 def test_from_file(tmp_path):
@@ -490,11 +501,11 @@ def test_from_file(tmp_path):
     ids = tokens(1, 60)
     with razor(model, str(path), window=10, protect_first_layers=1) as new_cache:
         cache = new_cache()
-        model(ids, past_key_values=cache)
+        model(ids, **through(model, cache))
         groups = [row["groups"] for row in cache.report()]
         assert [[g["tokens"] for g in row] for row in groups] == [[60], [14], [60, 14]]
         other = RazorCache.from_file(path, model.config, window=10, protect_first_layers=1)
-        model(ids, past_key_values=other)
+        model(ids, **through(model, other))
         assert other.nbytes() == cache.nbytes()
 
 
@@ -528,17 +539,17 @@ def test_alibi_generate_and_bytes(tiny_bloom):
         tiny_bloom, RazorPolicy.from_profile(legacy_windows(tiny_bloom), tiny_bloom.config)
     ) as new_cache:
         assert torch.equal(
-            tiny_bloom.generate(ids, past_key_values=new_cache(), **settings), expected
+            tiny_bloom.generate(ids, **through(tiny_bloom, new_cache()), **settings), expected
         )
     windows = torch.tensor([[8, 16, 32, 64, 80, 90, 200, 500]] * 3 + [[5] * 8])
     policy = RazorPolicy.from_profile(AlibiWindows(windows), tiny_bloom.config)
     with razor(tiny_bloom, policy) as new_cache:
         cache = new_cache()
         with torch.no_grad():
-            tiny_bloom(ids, past_key_values=cache)
+            tiny_bloom(ids, **through(tiny_bloom, cache))
         assert cache.nbytes() == 2 * 16 * 4 * int(windows.clamp(max=100).sum())
         assert cache.nbytes() == cache.allocated_nbytes() == predict(policy, 100, itemsize=4).razor
-        tiny_bloom(ids[:, :1], past_key_values=cache)
+        tiny_bloom(ids[:, :1], **through(tiny_bloom, cache))
         assert cache.nbytes() == 2 * 16 * 4 * int(windows.clamp(max=101).sum())
 
 
@@ -601,7 +612,7 @@ def test_wired_passkey(wired):
             said = wired.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=cache,
+                **through(wired, cache),
                 max_new_tokens=40,
                 do_sample=False,
             )
@@ -624,7 +635,7 @@ def test_beam_scores_are_those_of_their_sequences(copy_llama):
         found = copy_llama.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=new_cache(),
+            **through(copy_llama, new_cache()),
             max_new_tokens=24,
             num_beams=3,
             do_sample=False,

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from slim_ra import AlibiWindows, RazorPolicy, RetrievalHeads, razor
+from slim_ra.arguments import cache_argument
 from slim_ra.evaluate import (
     decode_perplexity,
     full_cache,
@@ -67,7 +68,7 @@ def test_alibi_perplexity(tiny_bloom):
 def test_bytes_of_a_full_cache(tiny_llama):
     cache = DynamicCache(config=tiny_llama.config)
     with torch.no_grad():
-        tiny_llama(torch.ones(1, 30, dtype=torch.int64), past_key_values=cache)
+        tiny_llama(torch.ones(1, 30, dtype=torch.int64), **{cache_argument(tiny_llama): cache})
     assert held_bytes(cache) == 2 * 4 * 4 * 4 * 16 * 30
 
 

@@ -25,7 +25,9 @@ enabled: dict[int, Any] = {}
 
 
 class RazorCache(Cache):
-    """Cache for ``model.generate(..., past_key_values=cache)`` after :func:`slim_ra.enable`.
+    """Cache for ``model.generate(..., cache=cache)`` after :func:`slim_ra.enable`.
+
+    Before transformers 5.24 the argument is called ``past_key_values``.
 
     Attention over the first tokens is exact.  Then every head without full history keeps its
     sinks, a window and a compensation token.

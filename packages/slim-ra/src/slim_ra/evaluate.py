@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from slim_core.errors import CalibrationError, NumericalError
 from slim_core.progress import track
+from slim_ra.arguments import cache_argument
 from slim_ra.cache import RazorCache
 from slim_ra.geometry import text_config
 from slim_ra.sequences import begin_id, usable_ids
@@ -92,11 +93,11 @@ def full_cache(model: Any) -> Prefill:
 
 def feed(model: Any, ids: Tensor, cache: Any, start: int) -> Tensor:
     """Feed ids ``[1, T]`` at positions ``start ..`` and return their logits."""
-    kwargs = {}
+    kwargs = {cache_argument(model): cache}
     if _takes_positions(model):
         places = torch.arange(start, start + ids.shape[1], device=ids.device)
         kwargs["position_ids"] = places[None]
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **kwargs).logits
+    logits: Tensor = model(ids, use_cache=True, **kwargs).logits
     if not bool(logits[:, -1].isfinite().all()):
         raise NumericalError(f"logits at position {start + ids.shape[1] - 1} are not finite")
     return logits

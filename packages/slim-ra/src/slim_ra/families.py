@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slim_core.errors import StructureError
 from slim_ra.alibi import mpt_slopes, standard_slopes
+from slim_ra.arguments import cache_argument
 from slim_ra.padding import left_padding, mask_padding
 
 
@@ -161,7 +162,7 @@ class _Falcon(Family):
 
 class _Mpt(Family):
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        cache_name = "past_key_values" if "past_key_values" in kwargs else "past_key_value"
+        cache_name = cache_argument(module)
         names = ("hidden_states", "position_bias", cache_name, "attention_mask")
         bound = _bind(names, args, kwargs)
         return Call(

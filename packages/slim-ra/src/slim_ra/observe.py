@@ -235,7 +235,7 @@ def _patched_attn(model: nn.Module) -> Iterator[None]:
 
 
 def attn_modules(model: nn.Module) -> list[Any]:
-    """Attention modules of GPT-J and CodeGen: they have ``_attn(query, key, value, mask)``."""
+    """Attention modules with ``_attn(query, key, value, mask)``: GPT-J, CodeGen before 5.24."""
     return [
         module
         for module in model.modules()

@@ -91,8 +91,10 @@ def razor(
 
     Examples
     --------
+    Before transformers 5.24 the argument is called ``past_key_values``.
+
     >>> with razor(model, "win.pt") as new_cache:  # doctest: +SKIP
-    ...     model.generate(ids, past_key_values=new_cache(), max_new_tokens=64)
+    ...     model.generate(ids, cache=new_cache(), max_new_tokens=64)
     """
     if not isinstance(policy, RazorPolicy):
         policy = RazorPolicy.from_file(policy, model.config, **options)
@@ -157,7 +159,7 @@ def _family_forward(
 
 
 def _attn_method(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the ``_attn`` of GPT-J and CodeGen that knows RazorCache."""
+    """Make the ``_attn`` of GPT-J and CodeGen, before transformers 5.24, that knows RazorCache."""
     scale = 1.0 / float(module.scale_attn)
 
     def attn(

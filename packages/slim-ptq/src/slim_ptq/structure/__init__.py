@@ -1,7 +1,7 @@
 """The structure of Hugging Face decoders, found by shapes and data flow instead of name tables."""
 
 from slim_ptq.structure.blocks import find_blocks
-from slim_ptq.structure.calls import named_sample
+from slim_ptq.structure.calls import cache_argument, named_sample
 from slim_ptq.structure.experts import (
     UnfusedExperts,
     find_fused_experts,
@@ -25,6 +25,7 @@ __all__ = [
     "UnfusedExperts",
     "as_linear",
     "bias_of",
+    "cache_argument",
     "checkpoint_names",
     "find_blocks",
     "find_fused_experts",
