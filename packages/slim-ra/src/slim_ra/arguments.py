@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
-
-from torch import nn
 
 from slim_core.errors import StructureError
 
@@ -25,7 +24,7 @@ def cache_argument(model: Any) -> str:
         The model takes no cache under either name.
     """
     for module in model.modules():
-        name = _cache_argument(type(module))
+        name = _cache_argument(type(module).forward)
         if name is not None:
             return name
     raise StructureError(
@@ -35,6 +34,6 @@ def cache_argument(model: Any) -> str:
 
 
 @functools.cache  # attention modules ask at every token
-def _cache_argument(kind: type[nn.Module]) -> str | None:
-    taken = inspect.signature(kind.forward).parameters
+def _cache_argument(forward: Callable[..., Any]) -> str | None:
+    taken = inspect.signature(forward).parameters
     return next((name for name in _CACHE if name in taken), None)
