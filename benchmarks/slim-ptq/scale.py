@@ -17,7 +17,8 @@ from slim_ptq.methods import LayerInputs, WeightMethod, make_method
 from slim_ptq.methods.gptq import GPTQ
 
 COMMAND = "nox -s bench-slim-ptq"
-SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # of a block of a model of 1 B parameters
+# How often a block of a model of 1 B parameters has weights of a shape.
+SHAPES = {(2048, 2048): 4, (5632, 2048): 2, (2048, 5632): 1}
 METHODS: dict[str, dict[str, Any]] = {
     "gptq as published": {
         "name": "gptq",
@@ -43,7 +44,7 @@ def gemm_speed() -> float:
     return 2 * size**3 / best_of(lambda: left @ right)
 
 
-def gptq_rows(speed: float) -> list[dict[str, object]]:
+def gptq_rows(speed: float) -> list[dict[str, Any]]:
     """Measure GPTQ on weights with moments of their own, and how many products each is worth.
 
     Counted are, for a weight (out, in), the factor of the inverse, ``2/3 in**3`` (one Cholesky
@@ -90,6 +91,28 @@ def gptq_rows(speed: float) -> list[dict[str, object]]:
     return rows
 
 
+def block_rows(rows: list[dict[str, Any]], speed: float) -> list[dict[str, Any]]:
+    """Return the seconds of all weights of a block, and how many times its products they are."""
+    found = []
+    for label in METHODS:
+        seconds = gflop = needed = 0.0
+        for row in rows:
+            if row["method"] == label:
+                count = SHAPES[tuple(row["weight"])]
+                seconds += count * row["seconds"]
+                gflop += count * row["gflop"]
+                needed += count * row["gflop_with_sweeps"]
+        found.append(
+            {
+                "method": label,
+                "seconds": round(seconds, 3),
+                "times_bound": round(seconds / (gflop * 1e9 / speed), 2),
+                "times_bound_with_sweeps": round(seconds / (needed * 1e9 / speed), 2),
+            }
+        )
+    return found
+
+
 def main() -> None:
     """Measure and save."""
     speed = gemm_speed()
@@ -102,6 +125,7 @@ def main() -> None:
             "threads_of_gptq": torch.get_num_threads(),
             "gemm_gflops": round(speed / 1e9, 1),
             "gptq": gptq,
+            "block": block_rows(gptq, speed),
         },
     )
 

@@ -85,10 +85,8 @@ def methods(tool: str, model: str, scheme: Scheme) -> list[str]:
 def _ours(model: str, scheme: Scheme) -> list[str]:
     if scheme.activation != "none":
         found = ["minmax", "gptq", "smoothquant+minmax", "smoothquant+gptq"]
-        if scheme.bits == 4:
-            found.append("rotation+gptq")
-            found += ["flatquant"] if "llama" in model else []
-        return found
+        llama_4 = scheme.bits == 4 and "llama" in model  # Bloom has a norm too many to rotate
+        return found + (["rotation+gptq", "flatquant"] if llama_4 else [])
     found = ["minmax", "gptq"]
     return found + ([] if scheme.bits == 8 else ["hqq", "awq+minmax", "awq+gptq", "signround"])
 

@@ -9,6 +9,7 @@ from typing import Any
 from cases import OURS
 from compare import Entry, gap
 
+_SAME_BITS = 0.01
 PAGE = Path(__file__).parents[3] / "packages" / "slim-ptq" / "docs" / "peers.md"
 HEAD = """# Against other tools, at equal bits
 
@@ -29,10 +30,11 @@ model for errors that happen to suit the text, and varies far less between seeds
 perplexity. ± is the standard deviation between seeds, left out where seeds play no part.
 
 Differences are paired: the same seed, the same window. Their standard error counts both the draw of
-the seeds and that of the windows; *behind* names methods whose peer of the same name has a lower
-divergence by more than twice that error. Schemes of 3 bits have no Ascend format; their weights are
-put into the model. How the defaults of our methods were chosen is told with the
-[methods](../../../docs/methods.md).
+the seeds and that of the windows; *behind* names methods whose peer of the same name has, with no
+more bits, a lower divergence by more than twice that error. `minmax` of slim-ptq is that with
+`full_range` where weights are symmetric, as llm-compressor defines it. Schemes of 3 bits have no
+Ascend format; their weights are put into the model. How the defaults of our methods were chosen is
+told with the [methods](../../../docs/methods.md).
 """
 
 
@@ -116,7 +118,7 @@ def verdicts(groups: dict[tuple[str, str], list[Entry]]) -> list[str]:
         behind = [text for entry in ours for text in _behind(entry, others)]
         lines.append(
             f"| {model} | {scheme} | {_name(mine)} | {theirs.tool} {_name(theirs)} "
-            f"| {_signed(*apart, 2)} | {_signed(*(100 * part for part in lost), 3)} % "
+            f"| {_signed(*apart, 3)} | {_signed(*(100 * part for part in lost), 3)} % "
             f"| {'; '.join(behind) or 'none'} |"
         )
     return lines
@@ -127,10 +129,13 @@ def _name(entry: Entry) -> str:
 
 
 def _behind(entry: Entry, others: list[Entry]) -> list[str]:
-    """Return the tools whose version of a method is better by more than twice the noise."""
+    """Return the tools whose version of a method is better by more than twice the noise.
+
+    One that takes more bits is no match: fractional zero points cost as many as a scale.
+    """
     found = []
     for other in others:
-        if other.method.split()[0] != entry.method:
+        if other.method.split()[0] != entry.method or other.bits > entry.bits + _SAME_BITS:
             continue
         mean, error = gap(entry.divergences, other.divergences)
         if mean > 2 * error:
