@@ -97,6 +97,9 @@ def speed_table(speed: dict[str, Any]) -> list[str]:
             for row in rows
         ),
         "",
+        "AWQ of slim-ptq runs the whole decoder block for every candidate, llm-compressor the part",
+        "that reads the scaled channels, attention or feed-forward.",
+        "",
     ]
 
 
