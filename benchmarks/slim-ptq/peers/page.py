@@ -33,8 +33,9 @@ Differences are paired: the same seed, the same window. Their standard error cou
 the seeds and that of the windows; *behind* names methods whose peer of the same name has, with no
 more bits, a lower divergence by more than twice that error. `minmax` of slim-ptq is that with
 `full_range` where weights are symmetric, as llm-compressor defines it. Schemes of 3 bits have no
-Ascend format; their weights are put into the model. How the defaults of our methods were chosen is
-told with the [methods](../../../docs/methods.md).
+Ascend format; their weights are put into the model. AutoRound is not run on tiny-bloom, which it
+does not support with these versions. How the defaults of our methods were chosen is told with the
+[methods](../../../docs/methods.md).
 """
 
 
