@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from _common import save
-from methods import MODEL, halves, likelihoods, scheme_of, text_of
+from methods import ROOT, halves, likelihoods, scheme_of, text_of
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from ours import put_codes
 
 COMMAND = "nox -s bench-slim-ptq"
+MODEL = "tiny-llama"
 OPTIONS = (
     {"iterations": 0},  # GPTQ on what quantized blocks give
     {"iterations": 200, "rate": 0.00125},
@@ -35,7 +36,7 @@ WINDOWS = 24
 
 def main() -> None:
     """Measure and save."""
-    seen, held_out = halves()
+    seen, held_out = halves(MODEL)
     ids = torch.cat(seen)[:WINDOWS]
     exact = likelihoods(_model(), held_out)
     rows = []
@@ -61,7 +62,9 @@ def main() -> None:
 
 
 def _model() -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        ROOT / "examples" / MODEL, dtype=torch.float32
+    )
     return model.eval()
 
 
