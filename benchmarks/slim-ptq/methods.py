@@ -48,6 +48,7 @@ METHODS: dict[str, Any] = {
         "range": "minmax",
         "sweeps": 0,
         "static_groups": False,
+        "keep_nearest": False,
     },
     "gptq": "gptq",
     **{f"gptq, {count} sweeps": {"name": "gptq", "sweeps": count} for count in (0, 1, 4, 8)},

@@ -19,20 +19,17 @@ from slim_ptq.methods.gptq import GPTQ
 COMMAND = "nox -s bench-slim-ptq"
 # How often a block of a model of 1 B parameters has weights of a shape.
 SHAPES = {(2048, 2048): 4, (5632, 2048): 2, (2048, 5632): 1}
+PUBLISHED: dict[str, Any] = {
+    "name": "gptq",
+    "range": "minmax",
+    "order": "natural",
+    "sweeps": 0,
+    "static_groups": False,
+    "keep_nearest": False,
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "gptq as published": {
-        "name": "gptq",
-        "range": "minmax",
-        "order": "natural",
-        "sweeps": 0,
-        "keep_nearest": False,
-    },
-    "the same, no row worse than rounding": {
-        "name": "gptq",
-        "range": "minmax",
-        "order": "natural",
-        "sweeps": 0,
-    },
+    "gptq as published": PUBLISHED,
+    "the same, no row worse than rounding": PUBLISHED | {"keep_nearest": True},
     "gptq by default": {"name": "gptq"},
 }
 

@@ -170,7 +170,16 @@ def test_what_serves_the_block_worse_is_not_taken() -> None:
     two = TwoLayers()
     starts = two.starts(SCHEMES[0])
     made = train_rounding("a", two.block, starts, two, iterations=1, rate=0.5)
-    assert all(made[name] is start.parts for name, start in starts.items())
+    for name, start in starts.items():
+        assert torch.equal(made[name].codes, start.parts.codes)
+        assert torch.equal(made[name].scale, start.parts.scale)
+        assert made[name].notes == ("1 steps brought the block no closer: rounded as before them",)
+    assert all(
+        parts is starts[name].parts
+        for name, parts in train_rounding(
+            "a", two.block, starts, two, iterations=0, rate=0.5
+        ).items()
+    )
 
 
 def test_a_block_that_overflows_is_named() -> None:

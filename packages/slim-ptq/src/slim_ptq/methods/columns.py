@@ -68,7 +68,8 @@ class ColumnRounding:
     def forward(self) -> None:
         """Choose all codes on the grid as it is."""
         for start in range(0, len(self.target), self.block):
-            self._block(start, min(start + self.block, len(self.target)))
+            stop = min(start + self.block, len(self.target))
+            self._block(start, stop, self._made_up(self.target[start:stop], 0, start, stop))
 
     def choose_grids(self, fit: Fit) -> None:
         """Choose the grid of each group when its turn comes, and its codes."""
@@ -76,17 +77,22 @@ class ColumnRounding:
         upper = self.feedback.upper
         for start in range(0, len(self.target), size):
             part = slice(start, start + size)
-            made_up = upper[:start, part].T @ self.error[:start]
+            target = self.target[part]
+            values = self._made_up(target, 0, start, start + size)
             # What is left of the optimum of the columns to come, given the errors so far.
-            rest = torch.linalg.solve_triangular(upper[part, part].T, made_up, upper=False)
-            sets = (self.target[part] + rest).T.contiguous()
+            rest = torch.linalg.solve_triangular(
+                upper[part, part].T, values - target, upper=False, unitriangular=True
+            )
+            sets = (target + rest).T.contiguous()
             moments = self.feedback.hessian.diagonal()[part].expand_as(sets)
             grid = fit(sets, minmax_grid(sets, self.scheme, self._unit), moments)
             group = int(self.groups[start])
             self.scale[group] = grid.scale[:, 0]
             self.offset[group] = grid.offset[:, 0]
             for first in range(start, start + size, self.block):
-                self._block(first, min(first + self.block, start + size))
+                last = min(first + self.block, start + size)
+                own = values[first - start : last - start]
+                self._block(first, last, self._made_up(own, start, first, last))
 
     def keep_nearest(self) -> None:
         """Take back the rows whose error plain rounding makes smaller.
@@ -152,12 +158,16 @@ class ColumnRounding:
             return codes
         return (levels if self.scheme.symmetric else levels + offset).to(torch.int8)
 
-    def _block(self, start: int, stop: int) -> None:
-        """Choose the codes of a block of columns."""
+    def _made_up(self, values: torch.Tensor, first: int, start: int, stop: int) -> torch.Tensor:
+        """Return the values of columns with what the columns from ``first`` on owe to them."""
+        owed = self.feedback.upper[first:start, start:stop]
+        return torch.addmm(values, owed.T, self.error[first:start])
+
+    def _block(self, start: int, stop: int, values: torch.Tensor) -> None:
+        """Choose the codes of a block of columns, whose values hold what is owed from before."""
         part = slice(start, stop)
         upper = self.feedback.upper
         target, error = self.target[part], self.error[part]
-        values = torch.addmm(target, upper[:start, part].T, self.error[:start])
         within = upper[part, part].T.contiguous()
         places = torch.empty_like(values)
         value_rows, place_rows = values.unbind(), places.unbind()

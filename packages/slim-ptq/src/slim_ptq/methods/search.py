@@ -76,11 +76,11 @@ class _Best:
 
 def _finer(stride: int) -> list[float]:
     """Return the distances, in steps, at which neighbours of the best range are tried."""
-    found = [0.5]
+    found: list[float] = []
     while stride > 1:
         stride = -(-stride // 2)
-        found.insert(len(found) - 1, stride)
-    return found
+        found.append(stride)
+    return [*found, 0.5]
 
 
 def refine_steps(

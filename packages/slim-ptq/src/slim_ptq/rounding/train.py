@@ -10,6 +10,7 @@ never rest, and leave many weights a hair beyond the point where their code flip
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -98,11 +99,19 @@ def train_rounding(
                 best, last = share, found
     _log.info("%s: error %.3e -> %.3e, %.0f %% of the way", name, first, last, 100 * best)
     if not best:
-        return {local: start.parts for local, start in starts.items()}
+        return {local: _as_it_was(start.parts, iterations) for local, start in starts.items()}
     note = f"block error {first:.2e} -> {last:.2e} in {iterations} steps"
     for local, layer in layers.items():
         layer.go(best, ends[local])
     return {local: layer.parts(note) for local, layer in layers.items()}
+
+
+def _as_it_was(parts: Parts, iterations: int) -> Parts:
+    """Return the start, noted if learning was to change it."""
+    if not iterations:
+        return parts
+    note = f"{iterations} steps brought the block no closer: rounded as before them"
+    return replace(parts, notes=(*parts.notes, note))
 
 
 class _Loss:
