@@ -25,7 +25,7 @@ from slim_core.errors import (
 )
 from slim_core.quantized import QuantizedCheckpoint
 from slim_ptq import Calibrator, QuantConfig
-from slim_ptq.calibrator import parse_level
+from slim_ptq.layer_schemes import parse_level
 from slim_ptq.modules import FakeQuantLinear
 
 Samples = list[list[torch.Tensor]]

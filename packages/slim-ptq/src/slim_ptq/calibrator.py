@@ -8,23 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from slim_core.dtypes import FLOAT_NAMES
+from slim_core.dtypes import float_name
 from slim_core.errors import (
     CalibrationError,
-    InvalidTypeError,
     InvalidValueError,
-    PlanError,
     StructureError,
 )
-from slim_core.formats import FORMATS
 from slim_core.groups import is_expert
 from slim_core.layers import QuantizedLinear
 from slim_core.logging import get_logger
-from slim_core.matching import match_all
-from slim_core.plan import dynamic_variant
 from slim_core.progress import track
 from slim_core.recipe import ObserverKind
-from slim_core.scheme import FLOAT, QuantScheme
+from slim_core.scheme import QuantScheme
 from slim_core.tensor_parallel import layer_of, slice_name
 from slim_core.validate import check_type
 from slim_ptq.attention.model_attention import ModelAttention
@@ -32,10 +27,11 @@ from slim_ptq.calibration.moments import model_inputs
 from slim_ptq.calibration.observed import ObservedLinear
 from slim_ptq.calibration.samples import check_samples, feed
 from slim_ptq.config import QuantConfig
-from slim_ptq.fallback import choose_fallback, measure_spread
 from slim_ptq.flatquant import train_model
+from slim_ptq.layer_schemes import disabled_names, parse_level, resolve_schemes
 from slim_ptq.methods import FlatQuant, LayerInputs, Needs, WeightMethod, make_method
-from slim_ptq.mixed import check_mix, resolve_mix, with_model_default
+from slim_ptq.mixed import check_mix
+from slim_ptq.model_dtype import model_dtype
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.observers import Observer, make_observer
 from slim_ptq.offload import discard, keep_like, place, resident
@@ -46,7 +42,6 @@ from slim_ptq.structure import (
     bias_of,
     checkpoint_names,
     find_linears,
-    find_routers,
     unfuse_experts,
     weight_of,
 )
@@ -110,7 +105,7 @@ class Calibrator:
             check_type("all_tensors", all_tensors, dict)
         mix = check_mix(mix_cfg)
         self._scheme = cfg.scheme()
-        self._dtype = _model_dtype(model)
+        self._dtype = model_dtype(model)
         self._done = False
 
         model.eval()
@@ -120,8 +115,9 @@ class Calibrator:
         self._linears = find_linears(model)
         if not self._linears:
             raise StructureError(f"{type(model).__name__} has no linear layer")
-        self._schemes = self._resolve(level, mix)
-        self._check_shapes()
+        self._schemes = resolve_schemes(
+            model, self._linears, cfg, samples=self._samples, level=level, mix=mix
+        )
         self._sliced = sliced_layers(self._linears, self._schemes, cfg.tp_size)
         if cfg.do_smooth and not self._samples:
             raise CalibrationError("calib_data is empty, and do_smooth needs samples")
@@ -143,9 +139,8 @@ class Calibrator:
                 hint="pass calib_data, or use w_method 'MinMax' or 'HQQ'",
             )
         self._learned: dict[str, LayerInputs] = {}
-        self._attention = ModelAttention(
-            model, cfg, self._linears, self._samples, self._disabled_names()
-        )
+        disabled = disabled_names(model, self._linears, cfg)
+        self._attention = ModelAttention(model, cfg, self._linears, self._samples, disabled)
 
     def run(self, int_infer: bool = False) -> None:
         """Quantize; afterwards the model holds quantized layers and still generates text.
@@ -210,53 +205,12 @@ class Calibrator:
             rename=self._rename,
             model_type=self._scheme.ascend_type,
             group_size=max(scheme.group_size for scheme in self._schemes.values()),
-            model_dtype=_dtype_name(self._dtype),
+            model_dtype=float_name(self._dtype),
             safetensors_name=safetensors_name,
             json_name=json_name,
             save_type=save_type,
             part_file_size=part_file_size,
         )
-
-    def _resolve(self, level: int, mix: dict[str, str]) -> dict[str, QuantScheme]:
-        """Return the scheme of every linear layer."""
-        names = list(self._linears)
-        others = _other_names(self.model)
-        floats = self._disabled_names()
-        if self.cfg.disable_last_linear:
-            floats.add(names[-1])
-        if level and self._samples:
-            spread = measure_spread(self.model, self._linears, self._samples)
-            floats.update(choose_fallback(spread, level, frozenset(floats)))
-        elif level:
-            _log.info("disable_level is taken as L0, since there is no calibration data")
-        kind = getattr(getattr(self.model, "config", None), "model_type", "")
-        mix = with_model_default(mix, self.cfg, kind)
-        mixed = resolve_mix(mix, self.cfg, names + others)
-        return {
-            name: FLOAT if name in floats else mixed.get(name) or self._default(name)
-            for name in names
-        }
-
-    def _disabled_names(self) -> set[str]:
-        """Return the linear layers and other modules that disable_names matches."""
-        names = [*self._linears, *_other_names(self.model)]
-        disabled = match_all("disable_names", self.cfg.disable_names, names)
-        return {name for hits in disabled.values() for name in hits}
-
-    def _check_shapes(self) -> None:
-        """Require that every layer can be held by the formats: group sizes divide."""
-        problems = []
-        for name, scheme in self._schemes.items():
-            rows, columns = weight_of(self._linears[name]).shape
-            reason = FORMATS["safe_tensor"].unsupported(scheme, (rows, columns))
-            if reason is not None:
-                problems.append(f"{name} cannot be {scheme}: {reason}")
-        if problems:
-            raise PlanError(problems, hint="name these layers in disable_names")
-
-    def _default(self, name: str) -> QuantScheme:
-        """Return the scheme of the configuration; per-token for experts, as engines run them."""
-        return dynamic_variant(self._scheme) if is_expert(name) else self._scheme
 
     def _smooth(self) -> None:
         """Suppress outliers as ``do_smooth`` asks, in the layers that will be quantized."""
@@ -384,7 +338,7 @@ class Calibrator:
             self.cfg.method(scheme),
             weight,
             bias,
-            model_dtype=_dtype_name(self._dtype),
+            model_dtype=float_name(self._dtype),
             inputs=inputs,
         )
 
@@ -413,52 +367,6 @@ class Calibrator:
         setattr(self.model.get_submodule(parent), leaf, module)
 
 
-def parse_level(disable_level: Any) -> int:
-    """Return the number in ``L<number>``.
-
-    Raises
-    ------
-    InvalidTypeError, InvalidValueError
-        Not a str, or not ``L`` and an integer without leading zeros.
-    """
-    text = check_type("disable_level", disable_level, str)
-    if not re.fullmatch(r"L(0|[1-9]\d*)", text):
-        raise InvalidValueError(f"disable_level must be 'L' and a number, as in 'L5', not {text!r}")
-    return int(text[1:])
-
-
-def _model_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the model, which decides how scales are stored."""
-    config = getattr(model, "config", None)
-    declared = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    actual = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if isinstance(declared, str):
-        declared = getattr(torch, declared, None)
-    dtype = declared if isinstance(declared, torch.dtype) else actual
-    if dtype is None or _dtype_name(dtype) not in FLOAT_NAMES:
-        raise InvalidTypeError(f"the model must be one of {', '.join(FLOAT_NAMES)}, not {dtype}")
-    if actual is not None and actual != dtype:
-        _log.warning("the configuration says %s, the parameters are %s", dtype, actual)
-    return dtype
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _projection(expert: str) -> str:
     """Return the name of an expert's layer without the number of the expert."""
     return re.sub(r"\.experts\.\d+\.", ".experts.*.", expert)
-
-
-def _other_names(model: nn.Module) -> list[str]:
-    """Return further names that users disable: attentions, convolutions, routers.
-
-    These modules stay as they are in any case.
-    """
-    routers = find_routers(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) or "Attention" in type(module).__name__ or name in routers
-    ]
