@@ -74,16 +74,12 @@ class ColumnRounding:
     def choose_grids(self, fit: Fit) -> None:
         """Choose the grid of each group when its turn comes, and its codes."""
         size = len(self.target) // len(self.scale)
-        upper = self.feedback.upper
         for start in range(0, len(self.target), size):
             part = slice(start, start + size)
             target = self.target[part]
             values = self._made_up(target, 0, start, start + size)
             # What is left of the optimum of the columns to come, given the errors so far.
-            rest = torch.linalg.solve_triangular(
-                upper[part, part].T, values - target, upper=False, unitriangular=True
-            )
-            sets = (target + rest).T.contiguous()
+            sets = torch.addmm(target, self._apart(part), values - target).T.contiguous()
             moments = self.feedback.hessian.diagonal()[part].expand_as(sets)
             grid = fit(sets, minmax_grid(sets, self.scheme, self._unit), moments)
             group = int(self.groups[start])
@@ -157,6 +153,18 @@ class ColumnRounding:
             codes: torch.Tensor = encode_table(levels, dtype)
             return codes
         return (levels if self.scheme.symmetric else levels + offset).to(torch.int8)
+
+    def _apart(self, part: slice) -> torch.Tensor:
+        """Return what turns the values of columns into those that owe nothing to one another.
+
+        The inverse of a small triangle: one product with it is faster than to solve for all rows.
+        """
+        own = self.feedback.upper[part, part].T
+        one = torch.eye(len(own), device=own.device, dtype=own.dtype)
+        inverse: torch.Tensor = torch.linalg.solve_triangular(
+            own, one, upper=False, unitriangular=True
+        )
+        return inverse
 
     def _made_up(self, values: torch.Tensor, first: int, start: int, stop: int) -> torch.Tensor:
         """Return the values of columns with what the columns from ``first`` on owe to them."""
