@@ -124,6 +124,18 @@ def test_an_expert_without_tokens_is_rounded_and_that_is_said(
     assert verify_checkpoint(tmp_path / "out").sound
 
 
+def test_rounding_is_learned_for_experts_that_some_batches_do_not_reach(
+    saved_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    ids = torch.randint(VOCAB, (6, 3), generator=torch.Generator().manual_seed(3))
+    data = TokenWindows(tuple(ids.split(1)), "3 tokens a batch, 2 of 8 experts for each")
+    recipe = Recipe.build(scheme="w4a16", method={"name": "signround", "iterations": 12})
+    report = quantize(saved_model("qwen3_moe"), tmp_path / "out", recipe=recipe, calibration=data)
+    assert verify_checkpoint(tmp_path / "out").sound
+    learned = [layer for layer in report.layers if ".experts." in layer.name and layer.notes]
+    assert any("12 steps" in note for layer in learned for note in layer.notes)
+
+
 @pytest.mark.parametrize("when", ["first", "later"])
 def test_an_interrupted_run_leaves_no_output(
     saved_model: Callable[..., Path],

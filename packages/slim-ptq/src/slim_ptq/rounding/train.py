@@ -85,7 +85,11 @@ def train_rounding(
     with replaced(block, layers), torch.enable_grad():
         first = loss.mean()
         for step in range(iterations):
-            slopes = iter(torch.autograd.grad(loss(next(order)), learned))
+            # An expert that no token of the batch reaches has no slope: it stays where it is.
+            now = loss(next(order))
+            slopes = iter(
+                torch.autograd.grad(now, learned, allow_unused=True, materialize_grads=True)
+            )
             speed = rate * (1 - step / iterations)
             for layer, shift, factor in zip(layers.values(), slopes, slopes, strict=True):
                 layer.step(speed * shift.sign_(), _FACTOR_RATE * speed * factor.sign_())
