@@ -22,6 +22,7 @@ from slim_core.scheme import Granularity, ScaleKind, TensorScheme
 from slim_core.tables import decode_table, encode_table
 
 EPS = 1.1920928955078125e-07  # machine epsilon of float32: the smallest scale
+_WIDENED = 1 << 20  # codes: int32 copies of more are needless
 
 Array = Any  # numpy.ndarray or torch.Tensor; the array API has no nominal type
 
@@ -245,12 +246,20 @@ def fold_static(
     """
     xp = array_namespace(codes, weight_scale)
     deq_scale = input_scale * xp.reshape(weight_scale, (-1,))
-    row_sum = xp.astype(xp.sum(codes, axis=1, dtype=xp.int32), xp.float64)  # 2**24 codes fit
+    row_sum = xp.astype(_row_sums(codes), xp.float64)
     value = -xp.astype(input_offset, xp.float64) * row_sum
     if bias is not None:
         value = value + xp.astype(bias, xp.float64) / xp.astype(deq_scale, xp.float64)
     limit = 2**31 - 1
     return deq_scale, xp.astype(xp.clip(xp.round(value), -limit - 1, limit), xp.int32)
+
+
+def _row_sums(codes: Array) -> Array:
+    """Return the sums of rows, int32, which 2**24 codes fit, some rows widened at a time."""
+    xp = array_namespace(codes)
+    step = max(1, _WIDENED // max(1, codes.shape[1]))
+    parts = (codes[start : start + step] for start in range(0, codes.shape[0], step))
+    return xp.concat([xp.sum(part, axis=1, dtype=xp.int32) for part in parts])
 
 
 def unfold_scale(deq_scale: Array, input_scale: Array) -> Array:

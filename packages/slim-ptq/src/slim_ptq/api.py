@@ -25,9 +25,9 @@ from slim_core.plan import Plan
 from slim_core.recipe import Recipe
 from slim_core.report import LayerReport, Report
 from slim_core.resume import ResumableDir, resumable_dir
-from slim_core.validate import check_float, check_int
+from slim_core.validate import check_choice, check_float, check_int
 from slim_ptq.calibration.text import TokenWindows
-from slim_ptq.devices import torch_device
+from slim_ptq.devices import AUTO, DTYPES, compute_dtype, torch_device
 from slim_ptq.evaluate import Perplexity
 from slim_ptq.job_fingerprints import job_fingerprints
 from slim_ptq.job_report import Clock, job_report
@@ -57,6 +57,7 @@ def quantize(
     length: int = 512,
     batch: int = 4,
     device: str = "cpu",
+    dtype: str = AUTO,
     text: PathLike | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -95,6 +96,9 @@ def quantize(
         At most so many windows of so many tokens, so many at once.
     device : str
         ``cpu``, ``cuda:0``, ``npu:0``.
+    dtype : str
+        In which decoder blocks run on calibration data: ``auto`` is ``float32`` on the CPU and the
+        dtype of the model on other devices, each of which can be asked for by name.
     text : path, optional
         Measure the perplexity before and after on this text file.
     overwrite : bool
@@ -124,6 +128,7 @@ def quantize(
     check_apart("model", model, target)
     device = own_device(device)
     place = torch_device(device)
+    check_choice("dtype", dtype, DTYPES)
     shard = check_int("max_shard_gib", max_shard_gib, low=1) * _GIB
     held = int(check_float("activation_gib", activation_gib, low=0, high=1 << 20) * _GIB)
     clock = Clock()
@@ -141,6 +146,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     _check_foreign(job, text)
+    compute = compute_dtype(dtype, place, job.inventory.model_dtype)
     _config_changes(job.plan)  # or the format cannot hold such a mixture: said before long work
     clock.stage("plan")
     with team_of_environment(place.type) as team:
@@ -148,12 +154,13 @@ def quantize(
         measure = _Measure(text if team.is_first else None, device, trust_remote_code)
         before = measure.perplexity(job.checkpoint.path)
         clock.stage("evaluate float")
-        job = _settle(job, place, clock, team)
+        job = _settle(job, place, compute, clock, team)
         config_changes = _config_changes(job.plan)
-        prints = job_fingerprints(job, device.partition(":")[0], shard, team)
+        prints = job_fingerprints(job, device.partition(":")[0], compute, shard, team)
         if not team.is_first:
             begun: tuple[Path, dict[str, Any] | None] = team.from_first(None)
-            _write(job, NoExport(), place, ResumableDir(begun[0], prints, begun[1]), held, team)
+            work = ResumableDir(begun[0], prints, begun[1])
+            _write(job, NoExport(), place, compute, work, held, team)
             finished: Report = team.from_first(None)
             return finished
         with resumable_dir(target, prints, resume=resume, overwrite=overwrite) as work:
@@ -166,7 +173,7 @@ def quantize(
                 max_shard_bytes=shard if job.plan.bytes_after > shard else None,
             )
             with export:
-                layers = _write(job, export, place, work, held, team)
+                layers = _write(job, export, place, compute, work, held, team)
                 _describe_tied_head(job, export)
             clock.stage("quantize")
             copy_side_files(job.checkpoint, work.path, config_changes)
@@ -180,7 +187,9 @@ def quantize(
         return team.from_first(report)
 
 
-def _settle(job: Prepared, device: torch.device, clock: Clock, team: Team) -> Prepared:
+def _settle(
+    job: Prepared, device: torch.device, dtype: torch.dtype, clock: Clock, team: Team
+) -> Prepared:
     """Return the job with what can be known only by running the float model.
 
     What depends on the last bits of floating point is decided by the first process for all.
@@ -192,8 +201,9 @@ def _settle(job: Prepared, device: torch.device, clock: Clock, team: Team) -> Pr
     if job.recipe.fallback and job.data is not None:
         plan = None
         if team.is_first:
+            count = job.recipe.fallback
             plan = plan_with_fallback(
-                job.checkpoint, job.inventory, job.plan, job.recipe.fallback, job.data, device
+                job.checkpoint, job.inventory, job.plan, count, job.data, device, dtype
             )
         job = replace(job, plan=team.from_first(plan))
         clock.stage("rank layers")
@@ -204,6 +214,7 @@ def _write(
     job: Prepared,
     export: CheckpointExport,
     device: torch.device,
+    dtype: torch.dtype,
     work: ResumableDir,
     activation_bytes: int,
     team: Team,
@@ -222,6 +233,7 @@ def _write(
         work,
         activation_bytes,
         team,
+        dtype,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from slim_core.provenance import fingerprint, provenance
 from slim_ptq.parallel import Team
 from slim_ptq.prepare import Prepared
 
 
-def job_fingerprints(job: Prepared, device: str, shard: int, team: Team) -> dict[str, str]:
+def job_fingerprints(
+    job: Prepared, device: str, dtype: torch.dtype, shard: int, team: Team
+) -> dict[str, str]:
     """Return what an interrupted run must have in common with the one that goes on with it."""
     files = {info.file for info in job.checkpoint.tensors.values()}
     versions = provenance(["slim-ptq", "torch", "transformers"])
@@ -20,6 +24,7 @@ def job_fingerprints(job: Prepared, device: str, shard: int, team: Team) -> dict
     return {
         "recipe": fingerprint(job.recipe.to_dict()),
         "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
         "size of weight files": str(shard),
         "number of processes": str(team.size),
         "model": fingerprint(model),

@@ -51,6 +51,13 @@ Calib = Annotated[
 Samples = Annotated[int, typer.Option(help="At most so many calibration windows.")]
 Length = Annotated[int, typer.Option(help="Tokens of a calibration window.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, npu:0.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="In which blocks run on calibration data: float32, or that of the model, bfloat16 for "
+        "example. auto is float32 on the CPU, that of the model elsewhere."
+    ),
+]
 Text = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--eval", help="Text file on which perplexity is measured before and after."),

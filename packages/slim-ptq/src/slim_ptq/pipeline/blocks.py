@@ -20,6 +20,7 @@ from slim_ptq.calibration.capture import (
 )
 from slim_ptq.calibration.hidden import HiddenStates
 from slim_ptq.calibration.text import TokenWindows
+from slim_ptq.devices import AUTO, compute_dtype
 from slim_ptq.inventory import Inventory
 from slim_ptq.loading import load_on_use, load_parameters, unload_parameters
 from slim_ptq.memory import trim
@@ -37,11 +38,13 @@ class BlockRunner:
         The model; ``inventory.model`` must be there.
     data : TokenWindows
     device : torch.device
-        On which blocks run; on the CPU they compute in float32.
+        On which blocks run.
     hidden : HiddenStates, optional
         Where the hidden states between blocks are held: in memory if not given.
     team : Team, optional
         Processes that run the same blocks on other parts of the data.
+    dtype : torch.dtype, optional
+        In which they compute: that of :func:`slim_ptq.devices.compute_dtype` if not given.
 
     Raises
     ------
@@ -61,6 +64,7 @@ class BlockRunner:
         device: torch.device,
         hidden: HiddenStates | None = None,
         team: Team | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if inventory.model is None:
             raise StructureError("the blocks of a model can run only if its code is known")
@@ -68,8 +72,7 @@ class BlockRunner:
         self._inventory = inventory
         self._model = inventory.model
         self._device = device
-        dtype: torch.dtype = getattr(torch, inventory.model_dtype)
-        self.dtype = torch.float32 if device.type == "cpu" else dtype
+        self.dtype = dtype or compute_dtype(AUTO, device, inventory.model_dtype)
         self._sequence_first = False
         self._looked = False
         self.team = Team() if team is None else team

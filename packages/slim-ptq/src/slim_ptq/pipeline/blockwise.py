@@ -73,6 +73,7 @@ def run_blockwise(
     work: ResumableDir | None = None,
     activation_bytes: int = 0,
     team: Team | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[LayerReport]:
     """Write the quantized checkpoint.
 
@@ -86,6 +87,8 @@ def run_blockwise(
     team : Team, optional
         Processes that share the work; ``data`` is the part of this one, the others must call the
         same with theirs.
+    dtype : torch.dtype, optional
+        In which blocks compute (:class:`BlockRunner`).
 
     Raises
     ------
@@ -115,7 +118,7 @@ def run_blockwise(
     if state is not None and state["complete"]:
         _remove_files(streams)
         return job.reports
-    runner = BlockRunner(checkpoint, inventory, data, device, hidden, team)
+    runner = BlockRunner(checkpoint, inventory, data, device, hidden, team, dtype)
     start = 0 if state is None else state["blocks"]
     with contextlib.nullcontext() if work is None else StateSaver(work) as saver:
 
@@ -169,10 +172,11 @@ def plan_with_fallback(
     count: int,
     data: TokenWindows,
     device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """Return the plan with the layers of the most extreme inputs left in floating point."""
     head = data.head(SAMPLES)
-    spread = score_inputs(checkpoint, inventory, plan, head, device, SpreadObserver)
+    spread = score_inputs(checkpoint, inventory, plan, head, device, SpreadObserver, dtype)
     floats = frozenset(layer.name for layer in plan.layers if layer.scheme.is_float)
     chosen = set(choose_fallback(spread, count, floats))
     return replace(
@@ -425,8 +429,16 @@ class _Job:
                 self._written.add(name)
 
     def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor in the dtype that it has in the checkpoint."""
+        """Return a tensor in the dtype that it has in the checkpoint.
+
+        One that nothing has edited is what is stored, though the block may compute with less.
+        """
         stored = self._checkpoint.tensors.get(name)
         if stored is None:
             return tensor.to(getattr(torch, self._plan.model_dtype))
-        return tensor.to(from_numpy(np.empty(0, stored.dtype)).dtype)
+        dtype = from_numpy(np.empty(0, stored.dtype)).dtype
+        if torch.promote_types(dtype, tensor.dtype) != tensor.dtype:
+            original = from_numpy(self._checkpoint.load(name))
+            if torch.equal(original.to(tensor.dtype), tensor.cpu()):
+                return original
+        return tensor.to(dtype)

@@ -22,6 +22,7 @@ def score_inputs(
     data: TokenWindows,
     device: torch.device,
     make: Callable[[], InputScore],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Return the score of the input of every planned layer, by its name in the checkpoint.
 
@@ -29,8 +30,10 @@ def score_inputs(
     ----------
     make : callable
         Gives a new, empty score.
+    dtype : torch.dtype, optional
+        Of :class:`BlockRunner`.
     """
-    runner = BlockRunner(checkpoint, inventory, data, device)
+    runner = BlockRunner(checkpoint, inventory, data, device, dtype=dtype)
     blocks = by_block(inventory, plan)
     values: dict[str, float] = {}
     for index in track(range(len(runner)), "Ranking layers"):

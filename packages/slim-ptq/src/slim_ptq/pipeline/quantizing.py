@@ -20,7 +20,7 @@ from slim_ptq.methods import LayerInputs, MinMax, WeightMethod, make_method, rel
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.tensors import from_numpy
 
-_PART = 1 << 22  # weights
+_PART = 1 << 20  # weights
 _CPU = torch.device("cpu")
 
 _log = get_logger("ptq")
