@@ -13,6 +13,7 @@ from _common import best_of, save, write_llama
 from transformers import AutoModelForCausalLM
 
 from slim_core.checkpoint import open_checkpoint
+from slim_core.recipe import Recipe
 from slim_ptq import quantize
 from slim_ptq.calibration.text import TokenWindows, windows
 from slim_ptq.inventory import take_inventory
@@ -31,12 +32,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         nbytes = write_llama(root / "model", layers=2, hidden=2048, inter=5632)
-        model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
 
-        def whole_model() -> None:
-            with torch.no_grad():
-                for batch in data.batches:
-                    model.model(batch, use_cache=False)
+        def whole_model(dtype: torch.dtype) -> float:
+            model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=dtype).eval()
+
+            def run() -> None:
+                with torch.no_grad():
+                    for batch in data.batches:
+                        model.model(batch, use_cache=False)
+
+            return best_of(run, REPEATS)
 
         def blockwise() -> None:
             checkpoint = open_checkpoint(root / "model")
@@ -45,21 +50,28 @@ def main() -> None:
                 with runner.loaded(index) as block:
                     runner.advance(block, index, {})
 
-        def quantized(observer: str) -> None:
-            from slim_core.recipe import Recipe
-
+        def quantized(observer: str = "mean_minmax", dtype: str = "auto") -> None:
             recipe = Recipe.build(scheme="w8a8", observer=observer)
             target = root / "out"
-            quantize(root / "model", target, recipe=recipe, calibration=data, overwrite=True)
+            quantize(
+                root / "model",
+                target,
+                recipe=recipe,
+                calibration=data,
+                dtype=dtype,
+                overwrite=True,
+            )
 
         seconds = {
-            "bare forward passes": best_of(whole_model, REPEATS),
+            "bare forward passes": whole_model(torch.float32),
+            "bare forward passes in bfloat16": whole_model(torch.bfloat16),
             "forward passes block by block, read from disk": best_of(blockwise, REPEATS),
-            "quantize w8a8, mean_minmax, all included": best_of(
-                lambda: quantized("mean_minmax"), REPEATS
-            ),
+            "quantize w8a8, mean_minmax, all included": best_of(quantized, REPEATS),
             "quantize w8a8, histogram, all included": best_of(
                 lambda: quantized("histogram"), REPEATS
+            ),
+            "quantize w8a8 in bfloat16, mean_minmax, all included": best_of(
+                lambda: quantized(dtype="bfloat16"), REPEATS
             ),
         }
     bare = seconds["bare forward passes"]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -31,17 +31,31 @@ SAMPLES, LENGTH, BATCH = 8, 512, 4
 SHARD = 1 << 29
 BLOCK = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTER)  # bytes, as stored
 EMBEDDING = 2 * VOCAB * HIDDEN
-ACTIVATIONS = 4 * SAMPLES * LENGTH * HIDDEN  # float32
-JOBS = {  # scheme: (stage whose steps are counted, bound)
-    "w8a8": ("Quantizing blocks", 3 * 2 * BLOCK + EMBEDDING + ACTIVATIONS),
-    "w8a16": ("Quantizing weights", 2 * SHARD),
+ACTIVATIONS = 2 * SAMPLES * LENGTH * HIDDEN  # bfloat16
+
+
+class Job(NamedTuple):
+    """What is run, the stage whose steps are counted, and the bound in bytes."""
+
+    scheme: str
+    dtype: str
+    stage: str
+    bound: int
+
+
+JOBS = {
+    "w8a8": Job("w8a8", "float32", "Quantizing blocks", 2 * (3 * BLOCK + ACTIVATIONS) + EMBEDDING),
+    "w8a8 in bfloat16": Job(
+        "w8a8", "bfloat16", "Quantizing blocks", 3 * BLOCK + ACTIVATIONS + EMBEDDING
+    ),
+    "w8a16": Job("w8a16", "auto", "Quantizing weights", 2 * SHARD),
 }
 MB = 1e6
 
 RUN = """
 import json, resource, sys
 from pathlib import Path
-model, output, scheme, bound, samples, length, batch = sys.argv[1:]
+model, output, scheme, dtype, bound, samples, length, batch = sys.argv[1:]
 import torch
 import transformers.models.llama.modeling_llama
 from slim_core.progress import writing_events
@@ -56,11 +70,12 @@ limit = held + int(bound) if int(bound) else resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 print("begin", flush=True)
 with writing_events(f"{output}.events"):
-    quantize(model, output, scheme=scheme, calibration=data if scheme == "w8a8" else None)
+    calibration = data if scheme == "w8a8" else None
+    quantize(model, output, scheme=scheme, calibration=calibration, dtype=dtype)
 """
 
 
-def measured(model: Path, output: Path, scheme: str, bound: int) -> dict[str, Any]:
+def measured(model: Path, output: Path, job: Job) -> dict[str, Any]:
     """Quantize in a fresh process under a limit and follow its memory.
 
     Returns
@@ -69,13 +84,14 @@ def measured(model: Path, output: Path, scheme: str, bound: int) -> dict[str, An
         ``base``: resident bytes before the work; ``peak``: of the work, what was there before
         taken off; ``steps``: the largest of each step (the last one is what comes after them).
     """
-    numbers = [bound, SAMPLES, LENGTH, BATCH]
-    arguments = [str(model), str(output), scheme, *map(str, numbers)]
+    numbers = [job.bound, SAMPLES, LENGTH, BATCH]
+    arguments = [str(model), str(output), job.scheme, job.dtype, *map(str, numbers)]
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # What glibc keeps free for each thread counts as well, although it is not resident.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"},
     )
     assert process.stdout is not None
     process.stdout.readline()
@@ -84,12 +100,12 @@ def measured(model: Path, output: Path, scheme: str, bound: int) -> dict[str, An
     events = Path(f"{output}.events")
     steps: list[int] = []
     while process.poll() is None:
-        done = _steps(events, JOBS[scheme][0])
+        done = _steps(events, job.stage)
         steps += [0] * (done + 1 - len(steps))
         steps[-1] = max(steps[-1], _resident(process.pid) - base)
         time.sleep(0.01)
     if process.returncode:
-        raise RuntimeError(f"{scheme} of {model} ended with {process.returncode}")
+        raise RuntimeError(f"{job.scheme} of {model} ended with {process.returncode}")
     seconds = time.perf_counter() - started
     return {"base": base, "peak": max(steps), "steps": steps, "seconds": round(seconds, 1)}
 
@@ -125,9 +141,9 @@ def run(root: Path) -> None:
         model = root / f"llama-{layers}"
         if not model.exists():
             write_llama(model, layers=layers, hidden=HIDDEN, inter=INTER, vocab=VOCAB)
-        for scheme, (_, bound) in JOBS.items():
-            found = measured(model, root / f"out-{layers}-{scheme}", scheme, bound)
-            rows.append({"layers": layers, "scheme": scheme, "bound": bound, **found})
+        for number, (name, job) in enumerate(JOBS.items()):
+            found = measured(model, root / f"out-{layers}-{number}", job)
+            rows.append({"layers": layers, "job": name, "bound": job.bound, **found})
             print(rows[-1], flush=True)
     plot(rows)
     save(
@@ -144,7 +160,7 @@ def run(root: Path) -> None:
             "rows": [
                 {
                     "layers": row["layers"],
-                    "scheme": row["scheme"],
+                    "job": row["job"],
                     "bound_mb": round(row["bound"] / MB, 1),
                     "peak_mb": round(row["peak"] / MB, 1),
                     "imports_mb": round(row["base"] / MB, 1),
@@ -159,16 +175,19 @@ def run(root: Path) -> None:
 def plot(rows: list[dict[str, Any]]) -> None:
     """Draw resident memory over the share of the work that is done."""
     pyplot.rcParams["svg.hashsalt"] = "slim"
-    figure, panels = pyplot.subplots(1, len(JOBS), figsize=(9, 3.2))
-    for panel, (scheme, (stage, bound)) in zip(panels, JOBS.items(), strict=True):
-        for row in (row for row in rows if row["scheme"] == scheme):
+    figure, panels = pyplot.subplots(1, len(JOBS), figsize=(12, 3.2))
+    for panel, (name, job) in zip(panels, JOBS.items(), strict=True):
+        for row in (row for row in rows if row["job"] == name):
             size = row["layers"] / max(1, len(row["steps"]) - 1)
             places = [index * size for index in range(len(row["steps"]))]
             panel.step(places, [value / MB for value in row["steps"]], where="post", lw=1)
             panel.plot([], [], color=panel.lines[-1].get_color(), label=f"{row['layers']} layers")
-        panel.axhline(bound / MB, color="black", ls="--", lw=1, label="bound")
+        panel.axhline(job.bound / MB, color="black", ls="--", lw=1, label="bound")
         panel.set(
-            title=f"{scheme}: {stage.lower()}", xlabel="layers done", ylabel="MB", ylim=(0, None)
+            title=f"{name}: {job.stage.lower()}",
+            xlabel="layers done",
+            ylabel="MB",
+            ylim=(0, None),
         )
         panel.legend(fontsize=8)
     figure.tight_layout()
