@@ -164,6 +164,25 @@ def test_mistakes_end_every_process(job: tuple[Path, Path], tmp_path: Path) -> N
     ranks = run_team(2, [*command, "--scheme", "w8a9"], tmp_path / "logs")
     assert [code for code, _, _ in ranks] == [2, 2]
     assert "w8a9" in ranks[0][2]
+    assert not ranks[1][2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_one_process_meets_it_says(
+    job: tuple[Path, Path], tmp_path: Path, tiny_model: Factory
+) -> None:
+    model = tiny_model("llama")
+    ids = [[*range(2, 18)], [*range(18, 34)]]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[20] = torch.inf  # a token that the second process has
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "calib.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--calib", str(data)]
+    ranks = run_team(2, [*command, "--length", "16"], tmp_path / "logs")
+    assert ranks[1][0] == 1
+    assert "error in process 1: " in ranks[1][2]
+    assert "NaN or infinite" in ranks[1][2]
     assert not (tmp_path / "out").exists()
 
 

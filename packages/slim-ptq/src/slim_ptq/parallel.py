@@ -20,6 +20,7 @@ from slim_core.errors import DeviceError
 
 T = TypeVar("T")
 
+_met: list[int] = []  # the numbers of this process in the jobs that it has joined
 _PATIENCE = timedelta(days=7)  # one process may evaluate for hours; torchrun ends the others
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
@@ -134,10 +135,16 @@ def team_of_environment(kind: str) -> Iterator[Team]:
         dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise DeviceError(f"{size} processes cannot join: {error}") from error
+    _met.append(dist.get_rank())
     try:
         yield Team(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
+
+
+def own_rank() -> int | None:
+    """Return the number of this process in the job that it has joined, None before that."""
+    return _met[-1] if _met else None
 
 
 def own_device(name: str) -> str:

@@ -133,11 +133,12 @@ def show_errors(output: Path | None = None) -> Iterator[None]:
     try:
         yield
     except SlimError as error:
-        typer.echo(f"error: {error}", err=True)
+        if (name := _name_of_process()) is not None:
+            typer.echo(f"error{name}: {error}", err=True)
         mistakes = (InvalidTypeError, InvalidValueError, OutputExistsError)
         sys.exit(2 if isinstance(error, mistakes) else 1)
     except OSError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error{_name_of_process() or ''}: {error}", err=True)
         _say_how_to_go_on(output)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -147,6 +148,22 @@ def show_errors(output: Path | None = None) -> Iterator[None]:
         if not _say_how_to_go_on(output):
             typer.echo("nothing was written", err=True)
         sys.exit(130)
+
+
+def _name_of_process() -> str | None:
+    """Return what tells an error of one of several processes from those of the others.
+
+    None if another process of this machine says the same: before they join, all of them check the
+    same arguments and files.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    from slim_ptq.parallel import own_rank
+
+    rank = own_rank()
+    if rank is not None:
+        return f" in process {rank}"
+    return "" if os.environ.get("LOCAL_RANK", "0") == "0" else None
 
 
 def _say_how_to_go_on(output: Path | None) -> bool:
