@@ -1,9 +1,10 @@
 """Whether peak memory stays within its bound, for any number of layers.
 
-A random Llama of several gigabytes is quantized under a limit of the system, once with few layers
-and once with many.  The limit is RLIMIT_DATA: all memory of the process that is not a mapped file,
-resident or not, counts; an allocation beyond it fails.  It is set when everything is imported, to
-what the process has then plus the bound.  ``python memory.py FOLDER`` keeps the models in a folder.
+A random Llama of several gigabytes is quantized, once with few layers and once with many, and the
+resident memory is followed.  The one with many is quantized again under a limit of the system,
+RLIMIT_DATA: all memory of the process that is not a mapped file, resident or not, counts; an
+allocation beyond it fails.  It is set when everything is imported, to what the process has then
+plus the bound.  ``python memory.py FOLDER`` keeps the models in a folder.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ JOBS = {
     "w8a16": Job("w8a16", "auto", "Quantizing weights", 2 * SHARD),
 }
 MB = 1e6
+# Free memory that glibc keeps for later counts under the limit, although it is not resident.
+GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
 
 RUN = """
 import json, resource, sys
@@ -75,8 +78,8 @@ with writing_events(f"{output}.events"):
 """
 
 
-def measured(model: Path, output: Path, job: Job) -> dict[str, Any]:
-    """Quantize in a fresh process under a limit and follow its memory.
+def measured(model: Path, output: Path, job: Job, *, limited: bool) -> dict[str, Any]:
+    """Quantize in a fresh process and follow its memory.
 
     Returns
     -------
@@ -84,14 +87,13 @@ def measured(model: Path, output: Path, job: Job) -> dict[str, Any]:
         ``base``: resident bytes before the work; ``peak``: of the work, what was there before
         taken off; ``steps``: the largest of each step (the last one is what comes after them).
     """
-    numbers = [job.bound, SAMPLES, LENGTH, BATCH]
+    numbers = [job.bound if limited else 0, SAMPLES, LENGTH, BATCH]
     arguments = [str(model), str(output), job.scheme, job.dtype, *map(str, numbers)]
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        # What glibc keeps free for each thread counts as well, although it is not resident.
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(GIVE_BACK if limited else {})},
     )
     assert process.stdout is not None
     process.stdout.readline()
@@ -142,9 +144,13 @@ def run(root: Path) -> None:
         if not model.exists():
             write_llama(model, layers=layers, hidden=HIDDEN, inter=INTER, vocab=VOCAB)
         for number, (name, job) in enumerate(JOBS.items()):
-            found = measured(model, root / f"out-{layers}-{number}", job)
-            rows.append({"layers": layers, "job": name, "bound": job.bound, **found})
-            print(rows[-1], flush=True)
+            found = measured(model, root / f"out-{layers}-{number}", job, limited=False)
+            row = {"layers": layers, "job": name, "bound": job.bound, **found}
+            if layers == LAYERS[-1]:
+                held = measured(model, root / f"held-{layers}-{number}", job, limited=True)
+                row["peak_under_limit"] = held["peak"]
+            rows.append(row)
+            print(row, flush=True)
     plot(rows)
     save(
         "memory",
@@ -152,6 +158,7 @@ def run(root: Path) -> None:
         {
             "question": "resident memory over the layers, beyond that of the imports, in MB",
             "limit": "RLIMIT_DATA = data segment after the imports + bound",
+            "allocator_under_limit": GIVE_BACK,
             "model_gigabytes": round((LAYERS[-1] * BLOCK + 2 * EMBEDDING) / 1e9, 2),
             "block_mb": {"bfloat16": BLOCK / MB, "float32": 2 * BLOCK / MB},
             "embedding_mb": EMBEDDING / MB,
@@ -163,6 +170,11 @@ def run(root: Path) -> None:
                     "job": row["job"],
                     "bound_mb": round(row["bound"] / MB, 1),
                     "peak_mb": round(row["peak"] / MB, 1),
+                    **(
+                        {"peak_under_limit_mb": round(row["peak_under_limit"] / MB, 1)}
+                        if "peak_under_limit" in row
+                        else {}
+                    ),
                     "imports_mb": round(row["base"] / MB, 1),
                     "seconds": row["seconds"],
                 }
