@@ -72,7 +72,7 @@ def gptq_rows(speed: float) -> list[dict[str, Any]]:
                 method.quantize("", weight, scheme, inputs)
 
             needed = flops + 2 * int(spec.get("sweeps", GPTQ.sweeps)) * out * width**2
-            seconds = best_of(quantize, 2)
+            seconds = best_of(quantize, 5)
             rows.append(
                 {
                     "method": label,

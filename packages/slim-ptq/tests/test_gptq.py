@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slim_core.errors import InvalidValueError, NumericalError
 from slim_core.numerics import dequantize_weight, quantize_weight
 from slim_core.scheme import QuantScheme
-from slim_ptq.methods import LayerInputs, MinMax
+from slim_ptq.methods import LayerInputs, MinMax, columns, descent
 from slim_ptq.methods.clip import Clip
 from slim_ptq.methods.feedback import factorize
 from slim_ptq.methods.gptq import GPTQ
@@ -142,11 +142,17 @@ class TestAgainstThePaper:
         expected = better_rows(made, scheme, expected, weight, hessian)
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
 
-    @pytest.mark.parametrize("block", [1, 7, 32, 1000])
-    def test_blocks_change_nothing(self, block: int) -> None:
-        weight, hessian = randn(6, 48), hessian_of(48)
-        one = quantized(weight, hessian, "w4a16", block=block)
-        other = quantized(weight, hessian, "w4a16")
+    @pytest.mark.parametrize("few", [1, 7, 1000])
+    @pytest.mark.parametrize(("scheme", "static"), [("w4a16", True), ("w4a16_g8", False)])
+    def test_where_products_take_over_changes_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, few: int, scheme: str, static: bool
+    ) -> None:
+        weight, hessian = randn(6, 56), hessian_of(56)
+        options = {"order": "group", "static_groups": static}
+        other = quantized(weight, hessian, scheme, **options)
+        for module in (columns, descent):
+            monkeypatch.setattr(module, "INNER", few)
+        one = quantized(weight, hessian, scheme, **options)
         assert torch.equal(one.codes, other.codes)
         assert torch.allclose(one.scale, other.scale, rtol=1e-5)
 

@@ -2,7 +2,7 @@
 
 Matrices are kept transposed, (in, out) in the order of the feedback, so that a column of the weight
 is contiguous.  A column takes a few short operations on vectors; what columns owe to those before
-them is added in products as large as possible, for blocks of columns and for parts of blocks.
+them is added in products, for half of all columns, half of a half, and so on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slim_core.tables import decode_table, encode_table
 from slim_ptq.methods.feedback import Feedback
 from slim_ptq.methods.grid import Fit, Grid, WeightGrid, minmax_grid, round_places
 
-INNER = 16  # columns between two products inside of a block
+INNER = 16  # columns that are too few for a product
 _COMPARED = 512  # columns between two looks at which rows are still undecided
 
 
@@ -28,15 +28,10 @@ class ColumnRounding:
     grid : WeightGrid
         From which codes are chosen.
     feedback : Feedback
-    block : int
-        Columns between two updates of the whole weight.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, grid: WeightGrid, feedback: Feedback, block: int
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, grid: WeightGrid, feedback: Feedback) -> None:
         self.feedback = feedback
-        self.block = block
         self.scheme = grid.scheme
         self.scale, self.offset = grid.scale.T.contiguous(), grid.offset.T.contiguous()
         self._unit = grid.unit
@@ -44,7 +39,8 @@ class ColumnRounding:
         self.target = weight.T.contiguous()
         if not bool((order[1:] > order[:-1]).all()):
             self.target = self.target[order]
-        self.error = torch.empty_like(self.target)
+        # Of columns whose codes are not chosen yet: the values to round.
+        self.error = self.target.clone()
         self.codes = torch.empty_like(self.target, dtype=torch.int8)
         self._loss = weight.new_zeros(weight.shape[0])
         self.groups = order // (len(order) // len(self.scale))
@@ -65,30 +61,16 @@ class ColumnRounding:
         unit = None if self._unit is None else self._unit[:, 0]
         return Grid(self.scheme, self.scale[group], self.offset[group], unit)
 
-    def forward(self) -> None:
-        """Choose all codes on the grid as it is."""
-        for start in range(0, len(self.target), self.block):
-            stop = min(start + self.block, len(self.target))
-            self._block(start, stop, self._made_up(self.target[start:stop], 0, start, stop))
+    def forward(self, fit: Fit | None = None) -> None:
+        """Choose all codes, on the grid as it is.
 
-    def choose_grids(self, fit: Fit) -> None:
-        """Choose the grid of each group when its turn comes, and its codes."""
-        size = len(self.target) // len(self.scale)
-        for start in range(0, len(self.target), size):
-            part = slice(start, start + size)
-            target = self.target[part]
-            values = self._made_up(target, 0, start, start + size)
-            # What is left of the optimum of the columns to come, given the errors so far.
-            sets = torch.addmm(target, self._apart(part), values - target).T.contiguous()
-            moments = self.feedback.hessian.diagonal()[part].expand_as(sets)
-            grid = fit(sets, minmax_grid(sets, self.scheme, self._unit), moments)
-            group = int(self.groups[start])
-            self.scale[group] = grid.scale[:, 0]
-            self.offset[group] = grid.offset[:, 0]
-            for first in range(start, start + size, self.block):
-                last = min(first + self.block, start + size)
-                own = values[first - start : last - start]
-                self._block(first, last, self._made_up(own, start, first, last))
+        Parameters
+        ----------
+        fit : Fit, optional
+            Chooses the grid of each group when its turn comes, in the place of the one that is
+            there.  Groups must lie in the order of the feedback.
+        """
+        self._choose(0, len(self.target), fit)
 
     def keep_nearest(self) -> None:
         """Take back the rows whose error plain rounding makes smaller.
@@ -154,45 +136,61 @@ class ColumnRounding:
             return codes
         return (levels if self.scheme.symmetric else levels + offset).to(torch.int8)
 
-    def _apart(self, part: slice) -> torch.Tensor:
-        """Return what turns the values of columns into those that owe nothing to one another.
+    def _choose(self, start: int, stop: int, fit: Fit | None) -> None:
+        """Choose the codes of columns, whose values hold what they owe to those before them.
 
-        The inverse of a small triangle: one product with it is faster than to solve for all rows.
+        The second half owes to the first one, so products are as large as they can be.
         """
-        own = self.feedback.upper[part, part].T
+        size = len(self.target) // len(self.scale)
+        if fit is not None and stop - start == size:
+            self._choose_grid(slice(start, stop), fit)
+            fit = None
+        if fit is None and stop - start <= INNER:
+            self._choose_few(slice(start, stop))
+            return
+        middle = half_way(start, stop, INNER if fit is None else size)
+        self._choose(start, middle, fit)
+        owed = self.feedback.upper[start:middle, middle:stop].T
+        self.error[middle:stop].addmm_(owed, self.error[start:middle])
+        self._choose(middle, stop, fit)
+
+    def _choose_grid(self, part: slice, fit: Fit) -> None:
+        """Choose the grid of the group of some columns for what is left to reach.
+
+        That is the optimum of these columns and those to come, given the errors so far.
+        """
+        target, own = self.target[part], self.feedback.upper[part, part].T
         one = torch.eye(len(own), device=own.device, dtype=own.dtype)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(
-            own, one, upper=False, unitriangular=True
-        )
-        return inverse
+        # One product with the inverse of a small triangle is faster than to solve for all rows.
+        apart = torch.linalg.solve_triangular(own, one, upper=False, unitriangular=True)
+        sets = torch.addmm(target, apart, self.error[part] - target).T.contiguous()
+        moments = self.feedback.hessian.diagonal()[part].expand_as(sets)
+        grid = fit(sets, minmax_grid(sets, self.scheme, self._unit), moments)
+        group = int(self.groups[part.start])
+        self.scale[group] = grid.scale[:, 0]
+        self.offset[group] = grid.offset[:, 0]
 
-    def _made_up(self, values: torch.Tensor, first: int, start: int, stop: int) -> torch.Tensor:
-        """Return the values of columns with what the columns from ``first`` on owe to them."""
-        owed = self.feedback.upper[first:start, start:stop]
-        return torch.addmm(values, owed.T, self.error[first:start])
-
-    def _block(self, start: int, stop: int, values: torch.Tensor) -> None:
-        """Choose the codes of a block of columns, whose values hold what is owed from before."""
-        part = slice(start, stop)
-        upper = self.feedback.upper
-        target, error = self.target[part], self.error[part]
-        within = upper[part, part].T.contiguous()
-        places = torch.empty_like(values)
-        value_rows, place_rows = values.unbind(), places.unbind()
-        target_rows, error_rows = target.unbind(), error.unbind()
-        scales, offsets = self.scale.unbind(), self.offset.unbind()
-        groups = self.groups[part].tolist()
-        for first in range(0, stop - start, INNER):
-            last = min(first + INNER, stop - start)
-            if first:
-                values[first:last].addmm_(within[first:last, :first], error[:first])
-            for row in range(first, last):
-                if row > first:
-                    value_rows[row].addmv_(error[first:row].T, within[row, first:row])
-                scale, place = scales[groups[row]], place_rows[row]
-                torch.div(value_rows[row], scale, out=place)
-                self.round_levels(place, offsets[groups[row]])
-                torch.addcmul(target_rows[row], place, scale, value=-1, out=error_rows[row])
+    def _choose_few(self, part: slice) -> None:
+        """Choose the codes of a few columns, one after the other; errors replace their values."""
+        target, values = self.target[part], self.error[part]
+        within = self.feedback.upper[part, part].T.contiguous()
+        errors, places = torch.empty_like(values), torch.empty_like(values)
+        value_rows, target_rows = values.unbind(), target.unbind()
+        error_rows, place_rows = errors.unbind(), places.unbind()
+        for row, group in enumerate(self.groups[part].tolist()):
+            if row:
+                value_rows[row].addmv_(errors[:row].T, within[row, :row])
+            scale, place = self.scale[group], place_rows[row]
+            torch.div(value_rows[row], scale, out=place)
+            self.round_levels(place, self.offset[group])
+            torch.addcmul(target_rows[row], place, scale, value=-1, out=error_rows[row])
         self.codes[part] = self.codes_of(places, self._of_columns(self.offset, part))
         # The value that was rounded, less what it became.
-        self._loss += self.feedback.diagonal[part] @ values.sub_(target).add_(error).square_()
+        self._loss += self.feedback.diagonal[part] @ values.sub_(target).add_(errors).square_()
+        values.copy_(errors)
+
+
+def half_way(start: int, stop: int, unit: int) -> int:
+    """Return the middle of columns, a whole number of units of them from the start."""
+    units = -(-(stop - start) // unit)
+    return start + unit * -(-units // 2)

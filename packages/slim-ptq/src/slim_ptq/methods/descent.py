@@ -10,7 +10,7 @@ import torch
 
 from slim_core.dtypes import IntType
 from slim_core.numerics import EPS
-from slim_ptq.methods.columns import INNER, ColumnRounding
+from slim_ptq.methods.columns import INNER, ColumnRounding, half_way
 from slim_ptq.methods.grid import Grid
 
 
@@ -97,35 +97,37 @@ class _Group:
         scale, offset = state.scale[self._group], state.offset[self._group]
         slope = self._slope.div_(scale)
         moves = torch.empty_like(slope)
-        for start in range(0, len(slope), state.block):
-            self._block(slice(start, min(start + state.block, len(slope))), moves, offset)
+        self._move(0, len(slope), moves, offset)
+        self._levels -= moves
         changed = bool(moves.any())
         if changed:
             state.codes[part] = state.codes_of(self._levels, offset)
         state.error[part] = torch.addcmul(state.target[part], self._levels, scale, value=-1)
         return changed
 
-    def _block(self, part: slice, moves: torch.Tensor, offset: torch.Tensor) -> None:
-        """Choose the codes of a block of columns; writes how far they moved down."""
-        state, levels, slope = self._state, self._levels[part], self._slope[part]
+    def _move(self, start: int, stop: int, moves: torch.Tensor, offset: torch.Tensor) -> None:
+        """Write how far the codes of columns move down, given the moves of those before them.
+
+        The second half is told of the first one by a product, as in :mod:`columns`.
+        """
+        if stop - start > INNER:
+            middle = half_way(start, stop, INNER)
+            self._move(start, middle, moves, offset)
+            told = self._hessian[middle:stop, start:middle]
+            self._slope[middle:stop].addmm_(told, moves[start:middle])
+            self._move(middle, stop, moves, offset)
+            return
+        part = slice(start, stop)
+        levels, slopes, own = self._levels[part].unbind(), self._slope[part].unbind(), moves[part]
         within = self._hessian[part, part]
-        if part.start:
-            slope.addmm_(self._hessian[part, : part.start], moves[: part.start])
-        own = moves[part]
-        level_rows, slope_rows, move_rows = levels.unbind(), slope.unbind(), own.unbind()
         softness = (1 / within.diagonal()).tolist()
-        place = torch.empty_like(slope[0])
-        for first in range(0, len(levels), INNER):
-            last = min(first + INNER, len(levels))
-            if first:
-                slope[first:last].addmm_(within[first:last, :first], own[:first])
-            for row in range(first, last):
-                if row > first:
-                    slope_rows[row].addmv_(own[first:row].T, within[row, first:row])
-                torch.add(level_rows[row], slope_rows[row], alpha=softness[row], out=place)
-                state.round_levels(place, offset)
-                torch.sub(level_rows[row], place, out=move_rows[row])
-        levels -= own
+        place = torch.empty_like(own[0])
+        for row, move in enumerate(own.unbind()):
+            if row:
+                slopes[row].addmv_(own[:row].T, within[row, :row])
+            torch.add(levels[row], slopes[row], alpha=softness[row], out=place)
+            self._state.round_levels(place, offset)
+            torch.sub(levels[row], place, out=move)
 
 
 def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

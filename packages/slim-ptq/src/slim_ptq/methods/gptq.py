@@ -74,8 +74,6 @@ class GPTQ:
     keep_nearest : bool
         Round to nearest the rows that it serves better, before the sweeps.  The paper does not;
         to find them takes at most as many products as to feed errors back.
-    block : int
-        Columns between two updates of the whole weight: decides speed, not results.
 
     Raises
     ------
@@ -93,7 +91,6 @@ class GPTQ:
     sweeps: int = 2
     refit: bool = True
     keep_nearest: bool = True
-    block: int = 256
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damp", check_float("damp", self.damp, low=0, high=1))
@@ -103,7 +100,6 @@ class GPTQ:
         check_int("sweeps", self.sweeps, low=0, high=100)
         check_type("refit", self.refit, bool)
         check_type("keep_nearest", self.keep_nearest, bool)
-        check_int("block", self.block, low=1)
         if self.order is Order.ACTIVATION and not self.static_groups:
             raise InvalidValueError(
                 "static_groups must be True with order 'activation'",
@@ -129,11 +125,8 @@ class GPTQ:
         searched = self.range is Range.SEARCH
         grid = fit_weight(values, scheme, fit, inputs.moments if searched else None)
         feedback = self._feedback(name, scheme, inputs)
-        rounding = ColumnRounding(values, grid, feedback, self.block)
-        if scheme.group_size and not self.static_groups:
-            rounding.choose_grids(fit)
-        else:
-            rounding.forward()
+        rounding = ColumnRounding(values, grid, feedback)
+        rounding.forward(None if self.static_groups or not scheme.group_size else fit)
         if self.keep_nearest:
             rounding.keep_nearest()
         for _ in range(self.sweeps):
