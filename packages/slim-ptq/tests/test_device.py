@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,15 +115,27 @@ def ids_of(data: TokenWindows) -> str:
     return json.dumps([batch.tolist() for batch in data.batches])
 
 
-def run_script(script: str, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(STAND_IN), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert not done.returncode, done.stderr[-4000:]
+def run_script(script: str, *arguments: str, processes: int = 1) -> None:
+    """Run a script with the stand-in, in one process or in several that share the work."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"WORLD_SIZE": str(processes)}
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(STAND_IN), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+    errors = [process.communicate()[1] for process in begun]
+    assert not any(process.returncode for process in begun), "\n".join(e[-4000:] for e in errors)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +217,25 @@ def test_the_classic_interface_ranking_and_loading_on_a_stand_in(
 
     expected = load_model(quantized)(data.batches[0]).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_with_a_stand_in_each(
+    saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path
+) -> None:
+    """Statistics of one process meet those of the other on its own device.
+
+    Caches are left out: torch finds gradients on the first stand-in only.
+    """
+    names = ["rotate", "awq", "attention", "gptq"]
+    for model, some in (("llama", names), ("qwen3_moe", ["gptq"])):
+        folder = tmp_path / model
+        recipes = json.dumps({name: RECIPES[name] for name in some})
+        values = str(saved_model(model)), str(folder), ids_of(data), recipes
+        folder.mkdir()
+        run_script(_QUANTIZE, *values, processes=2)
+        for name in some:
+            expected = run(saved_model(model), tmp_path / "cpu" / model / name, name, data)
+            check_alike(name, folder / name, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -149,7 +149,7 @@ def quantize(
     compute = compute_dtype(dtype, place, job.inventory.model_dtype)
     _config_changes(job.plan)  # or the format cannot hold such a mixture: said before long work
     clock.stage("plan")
-    with team_of_environment(place.type) as team:
+    with team_of_environment(place) as team:
         check_alone(job.plan, team)
         measure = _Measure(text if team.is_first else None, device, trust_remote_code)
         before = measure.perplexity(job.checkpoint.path)

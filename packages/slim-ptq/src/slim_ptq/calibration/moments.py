@@ -52,7 +52,7 @@ class Moments:
         self._inputs = None
         if shape is not None:
             own = torch.zeros(shape) if self._sum is None else self._sum
-            self._sum = team.sum_(own)
+            self._sum = team.sum(own)
 
     def inputs(self) -> LayerInputs:
         """Return what methods see; the same object until more is added."""
