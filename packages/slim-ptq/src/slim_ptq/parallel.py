@@ -50,7 +50,7 @@ class Team:
     size : int
         Number of processes.
     device : torch.device
-        Where tensors arrive that were on the device of another process; those on the CPU stay there.
+        Where tensors arrive that were on the device of another process; others stay on the CPU.
     """
 
     rank: int = 0

@@ -1,8 +1,8 @@
 """A stand-in for ``torch_npu``: devices of their own whose memory and kernels are those of the CPU.
 
 What it proves: every tensor that meets one on a device is on the same one, what leaves for numpy, a
-file or another process is brought back first, and the results are those of the CPU.  What it cannot:
-which operators a real device has, how it rounds, and how fast it is.
+file or another process is brought back first, and the results are those of the CPU.  What it
+cannot: which operators a real device has, how it rounds, and how fast it is.
 """
 
 from __future__ import annotations
