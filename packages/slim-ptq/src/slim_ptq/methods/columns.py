@@ -44,6 +44,7 @@ class ColumnRounding:
         self.codes = torch.empty_like(self.target, dtype=torch.int8)
         self._loss = weight.new_zeros(weight.shape[0])
         self.groups = order // (len(order) // len(self.scale))
+        self._group_list: list[int] = self.groups.tolist()  # asked for column by column
 
     def grid(self) -> WeightGrid:
         """Return the grid as it is now."""
@@ -166,7 +167,7 @@ class ColumnRounding:
         sets = torch.addmm(target, apart, self.error[part] - target).T.contiguous()
         moments = self.feedback.hessian.diagonal()[part].expand_as(sets)
         grid = fit(sets, minmax_grid(sets, self.scheme, self._unit), moments)
-        group = int(self.groups[part.start])
+        group = self._group_list[part.start]
         self.scale[group] = grid.scale[:, 0]
         self.offset[group] = grid.offset[:, 0]
 
@@ -177,7 +178,7 @@ class ColumnRounding:
         errors, places = torch.empty_like(values), torch.empty_like(values)
         value_rows, target_rows = values.unbind(), target.unbind()
         error_rows, place_rows = errors.unbind(), places.unbind()
-        for row, group in enumerate(self.groups[part].tolist()):
+        for row, group in enumerate(self._group_list[part]):
             if row:
                 value_rows[row].addmv_(errors[:row].T, within[row, :row])
             scale, place = self.scale[group], place_rows[row]

@@ -56,6 +56,7 @@ class _Group:
         self._hessian = hessian
         self._slope = slope
         self._levels = state.levels(part, group)
+        self._softness: list[float] = (1 / hessian.diagonal()).tolist()
 
     def move_scale(self) -> None:
         """Set the scales to the best ones given all codes, where these can be stored."""
@@ -120,12 +121,11 @@ class _Group:
         part = slice(start, stop)
         levels, slopes, own = self._levels[part].unbind(), self._slope[part].unbind(), moves[part]
         within = self._hessian[part, part]
-        softness = (1 / within.diagonal()).tolist()
         place = torch.empty_like(own[0])
         for row, move in enumerate(own.unbind()):
             if row:
                 slopes[row].addmv_(own[:row].T, within[row, :row])
-            torch.add(levels[row], slopes[row], alpha=softness[row], out=place)
+            torch.add(levels[row], slopes[row], alpha=self._softness[start + row], out=place)
             self._state.round_levels(place, offset)
             torch.sub(levels[row], place, out=move)
 

@@ -438,7 +438,7 @@ class _Job:
             return tensor.to(getattr(torch, self._plan.model_dtype))
         dtype = from_numpy(np.empty(0, stored.dtype)).dtype
         if torch.promote_types(dtype, tensor.dtype) != tensor.dtype:
-            original = from_numpy(self._checkpoint.load(name))
-            if torch.equal(original.to(tensor.dtype), tensor.cpu()):
+            original = from_numpy(self._checkpoint.load(name)).to(tensor.device)
+            if torch.equal(original.to(tensor.dtype), tensor):
                 return original
         return tensor.to(dtype)
