@@ -67,7 +67,9 @@ def test_half_the_bits_give_much_the_same_checkpoint(
     source: Path, data: TokenWindows, tmp_path: Path, recipe: str
 ) -> None:
     run(source, tmp_path / "float32", data, recipe)
-    run(source, tmp_path / "bfloat16", data, recipe, dtype="bfloat16")
+    report = run(source, tmp_path / "bfloat16", data, recipe, dtype="bfloat16")
+    assert report.provenance["device"] == "cpu"
+    assert report.provenance["dtype"] == "bfloat16"
     assert verify_checkpoint(tmp_path / "bfloat16").sound
     exact, found = (open_checkpoint(tmp_path / name) for name in ("float32", "bfloat16"))
     assert found.tensors.keys() == exact.tensors.keys()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from slim_core.checkpoint import copy_side_files
+from slim_core.dtypes import float_name
 from slim_core.errors import InvalidValueError
 from slim_core.export import CheckpointExport, NoExport
 from slim_core.files import (
@@ -181,7 +182,10 @@ def quantize(
             clock.stage("verify")
             after = measure.perplexity(work.path)
             clock.stage("evaluate quantized")
-            report = job_report(job, layers, work.path, before, after, text, clock)
+            where = {"device": place.type}
+            if job.blockwise:
+                where["dtype"] = float_name(compute)
+            report = job_report(job, layers, work.path, before, after, text, clock, where)
             report.save(work.path)
             write_bytes(work.path / RECIPE_FILE, job.recipe.to_yaml().encode())
         return team.from_first(report)

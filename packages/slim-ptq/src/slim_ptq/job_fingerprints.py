@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from slim_core.dtypes import float_name
 from slim_core.provenance import fingerprint, provenance
 from slim_ptq.parallel import Team
 from slim_ptq.prepare import Prepared
@@ -24,7 +25,7 @@ def job_fingerprints(
     return {
         "recipe": fingerprint(job.recipe.to_dict()),
         "device": device,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": float_name(dtype),
         "size of weight files": str(shard),
         "number of processes": str(team.size),
         "model": fingerprint(model),

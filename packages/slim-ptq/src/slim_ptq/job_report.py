@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def job_report(
     after: Perplexity | None,
     text: PathLike | None,
     clock: Clock,
+    where: Mapping[str, str],
 ) -> Report:
     """Return the report of a finished job.
 
@@ -52,6 +54,8 @@ def job_report(
         What was written.
     before, after : Perplexity, optional
         On ``text``, if it was measured.
+    where : mapping
+        Kind of device, and the dtype of the blocks if they ran.
     """
     plan = job.plan
     order = {layer.name: index for index, layer in enumerate(plan.layers)}
@@ -71,7 +75,8 @@ def job_report(
             ["slim-ptq", "torch", "transformers"],
             recipe=job.recipe.to_dict(),
             config=job.checkpoint.config,
-        ),
+        )
+        | dict(where),
     )
     if before is None or after is None or text is None:
         return report
