@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from slim_core.checkpoint import open_checkpoint
 from slim_core.recipe import Recipe
@@ -53,6 +54,11 @@ SOME = {
 }
 CASES = [(model, recipe) for model in MODELS for recipe in SOME.get(model, RECIPES)]
 ALIKE = ("weights", "ssz", "nf4")  # on the CPU and the stand-in: no activation has a part in them
+
+needs_stand_in = pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5,
+    reason="transformers 4 makes masks by vmap, which takes no tensors of the stand-in",
+)
 
 _QUANTIZE = """
 import json, sys
@@ -191,6 +197,7 @@ def check_alike(recipe: str, found: Path, expected: Path) -> None:
             np.testing.assert_allclose(new.load(name), old.load(name), rtol=1e-4)
 
 
+@needs_stand_in
 @pytest.mark.parametrize(("model", "recipe"), CASES)
 def test_a_stand_in_gives_what_the_cpu_gives(
     saved_model: Callable[..., Path],
@@ -207,6 +214,7 @@ def test_a_stand_in_gives_what_the_cpu_gives(
         assert file.read_bytes() == (found / file.name).read_bytes()
 
 
+@needs_stand_in
 def test_the_classic_interface_ranking_and_loading_on_a_stand_in(
     saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path
 ) -> None:
@@ -219,6 +227,7 @@ def test_the_classic_interface_ranking_and_loading_on_a_stand_in(
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-3, atol=1e-4)
 
 
+@needs_stand_in
 def test_two_processes_with_a_stand_in_each(
     saved_model: Callable[..., Path], data: TokenWindows, tmp_path: Path
 ) -> None:
