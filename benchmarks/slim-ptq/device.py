@@ -1,8 +1,8 @@
 """What quantization takes on a GPU or NPU: time, peak memory, and integers against the CPU.
 
-``python device.py cuda`` (or ``npu``) makes random-weight models of 1 B and 7 B parameters and
-quantizes them by each job; then a small one with the CPU too.  Without an argument, or where there
-is no such device, it says so and leaves the results alone: there is nothing to measure.
+``python device.py npu`` (``cuda`` if not given) quantizes a small random-weight model there and on
+the CPU by each job, then models of 1 B and 7 B parameters there.  Where there is no such device it
+says so and leaves the results alone.
 """
 
 from __future__ import annotations

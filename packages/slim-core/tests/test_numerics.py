@@ -414,6 +414,13 @@ def test_long_rows_keep_every_digit():
     assert quant_bias.tolist() == [3 * 127 * 200_003 + 1]
 
 
+def test_many_rows_are_summed_part_by_part():
+    rows = 7  # of more codes than are widened at a time, the last part smaller than the others
+    codes = np.arange(rows * 400_000, dtype=np.int64).reshape(rows, -1) % 251 - 125
+    found = fold_static(codes.astype(np.int8), F32([0.5]), F32([0.25]), F32([-3.0]), None)[1]
+    assert found.tolist() == (3 * codes.sum(axis=1)).tolist()
+
+
 def test_bias_beyond_int32_is_held_at_the_end():
     codes = np.zeros((2, 4), np.int8)
     _, quant_bias = fold_static(

@@ -168,9 +168,7 @@ def test_mistakes_end_every_process(job: tuple[Path, Path], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_what_one_process_meets_it_says(
-    job: tuple[Path, Path], tmp_path: Path, tiny_model: Factory
-) -> None:
+def test_what_one_process_meets_it_says(tmp_path: Path, tiny_model: Factory) -> None:
     model = tiny_model("llama")
     ids = [[*range(2, 18)], [*range(18, 34)]]
     with torch.no_grad():

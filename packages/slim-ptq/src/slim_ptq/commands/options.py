@@ -138,8 +138,9 @@ def show_errors(output: Path | None = None) -> Iterator[None]:
         mistakes = (InvalidTypeError, InvalidValueError, OutputExistsError)
         sys.exit(2 if isinstance(error, mistakes) else 1)
     except OSError as error:
-        typer.echo(f"error{_name_of_process() or ''}: {error}", err=True)
-        _say_how_to_go_on(output)
+        if (name := _name_of_process()) is not None:
+            typer.echo(f"error{name}: {error}", err=True)
+            _say_how_to_go_on(output)
         sys.exit(1)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") != "0":  # the first of several processes says it for all
