@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slim_core.errors import InvalidValueError, NumericalError
 from slim_core.numerics import dequantize_weight, quantize_weight
 from slim_core.scheme import QuantScheme
-from slim_ptq.methods import LayerInputs, MinMax, columns, descent
+from slim_ptq.methods import BatchInputs, LayerInputs, MinMax, columns, descent
 from slim_ptq.methods.clip import Clip
 from slim_ptq.methods.feedback import factorize
 from slim_ptq.methods.gptq import GPTQ
@@ -240,25 +240,25 @@ class TestDamping:
     ) -> None:
         hessian = torch.ones(32, 32)  # rank 1
         with caplog.at_level(logging.WARNING, logger="slim.ptq"):
-            made = factorize("model.x", hessian, damp=0.0)
-        assert len(made.notes) == 1
-        assert made.notes[0].startswith("damping raised from 0 to ")
-        rebuilt = made.upper * made.diagonal @ made.upper.T
-        assert torch.allclose(rebuilt, made.hessian, atol=1e-4)
+            made = factorize(["model.x"], [hessian], 0.0, [None])
+        assert len(made.notes[0]) == 1
+        assert made.notes[0][0].startswith("damping raised from 0 to ")
+        rebuilt = made.upper[0] * made.diagonal[0] @ made.upper[0].T
+        assert torch.allclose(rebuilt, made.hessian[0], atol=1e-4)
         parts = quantized(randn(4, 32), hessian, "w4a16", damp=0.0)
-        assert parts.notes == made.notes
+        assert parts.notes == made.notes[0]
 
     def test_a_hessian_that_has_negative_directions(self) -> None:
         hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0]))
         hessian[0, 1] = hessian[1, 0] = 5.0
         with pytest.raises(NumericalError, match=r"mean of x xᵀ of model\.x is not positive"):
-            factorize("model.x", hessian, damp=0.01)
+            factorize(["model.x"], [hessian], 0.01, [None])
 
     def test_a_damaged_hessian(self) -> None:
         hessian = hessian_of(32)
         hessian[3, 4] = torch.nan
         with pytest.raises(NumericalError, match=r"the mean of x xᵀ of model\.x has 1 NaN"):
-            factorize("model.x", hessian, damp=0.01)
+            factorize(["model.x"], [hessian], 0.01, [None])
 
     def test_silent_channels_are_rounded_and_noted(self) -> None:
         weight, hessian = randn(8, 32), hessian_of(32)
@@ -273,6 +273,97 @@ class TestDamping:
         made = quantized(weight, torch.zeros(32, 32), "w4a16", range="minmax", sweeps=0)
         plain = MinMax().quantize("a", weight, QuantScheme.parse("w4a16").weight)
         assert torch.equal(made.codes, plain.codes)
+
+
+class TestSeveralAtOnce:
+    """Weights of one shape, each with inputs of its own, become what they become alone."""
+
+    def together(
+        self, method: GPTQ, weights: list[torch.Tensor], scheme: str, hessians: list[torch.Tensor]
+    ) -> tuple[list[Any], list[Any]]:
+        parsed = QuantScheme.parse(scheme).weight
+        names = [f"a.{index}" for index in range(len(weights))]
+        layers = tuple(inputs_of(hessian) for hessian in hessians)
+        batch = method.quantize_batch(names, weights, parsed, BatchInputs(layers))
+        alone = [
+            method.quantize(name, weight, parsed, inputs_of(hessian))
+            for name, weight, hessian in zip(names, weights, hessians, strict=True)
+        ]
+        return batch, alone
+
+    @pytest.mark.parametrize(
+        "scheme",
+        ["w4a16_asym", "w4a16_g16", "w8a16_tensor", "w4a8_dynamic_g32", "nf4", "w4a8_mxfp"],
+    )
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"order": "group", "static_groups": False},
+            {"order": "natural", "static_groups": False, "range": "minmax", "sweeps": 0},
+            {"order": "natural", "keep_nearest": False, "refit": False},
+        ],
+    )
+    def test_each_as_alone(self, scheme: str, options: dict[str, Any]) -> None:
+        weights = [randn(24, 64, seed=seed) * (1 + seed) for seed in range(4)]
+        hessians = [hessian_of(64, tokens=30 + 200 * seed, seed=seed) for seed in range(4)]
+        for one, other in zip(
+            *self.together(GPTQ(**options), weights, scheme, hessians), strict=True
+        ):
+            # Sums may be made in another order, so one code in a hundred may lie elsewhere.
+            assert (one.codes != other.codes).float().mean() <= 0.01
+            assert torch.allclose(one.scale, other.scale, rtol=1e-3)
+            assert one.offset.shape == other.offset.shape
+            assert one.extras.keys() == other.extras.keys()
+
+    @pytest.mark.parametrize("compared", [8, 512])
+    def test_rows_that_rounding_serves_better(
+        self, monkeypatch: pytest.MonkeyPatch, compared: int
+    ) -> None:
+        # As many rows are compared of each weight, until there is one with few left.
+        monkeypatch.setattr(columns, "_COMPARED", compared)
+        weights = [randn(300, 16, seed=seed) for seed in range(3)]
+        hessians = [hessian_of(16, tokens=6, seed=5), hessian_of(16, seed=1), torch.eye(16)]
+        method = GPTQ(**PLAIN)
+        batch, alone = self.together(method, weights, "w4a16", hessians)
+        every = GPTQ(**PLAIN, keep_nearest=False)
+        taken_back = []
+        for weight, hessian, one, other in zip(weights, hessians, batch, alone, strict=True):
+            assert torch.equal(one.codes, other.codes)
+            fed = every.quantize("a", weight, QuantScheme.parse("w4a16").weight, inputs_of(hessian))
+            taken_back.append(int((fed.codes != one.codes).any(dim=1).sum()))
+        assert 0 < taken_back[0] < taken_back[1] < 150
+        assert taken_back[2] == 0
+
+    def test_what_is_said_of_one_is_not_said_of_the_others(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        silent = hessian_of(32)
+        silent[5] = silent[:, 5] = 0.0
+        hessians = [hessian_of(32), torch.ones(32, 32), silent]
+        weights = [randn(8, 32, seed=seed) for seed in range(3)]
+        with caplog.at_level(logging.WARNING, logger="slim.ptq"):
+            batch, alone = self.together(GPTQ(damp=0.0), weights, "w4a16", hessians)
+        assert [part.notes for part in batch] == [part.notes for part in alone]
+        assert [len(part.notes) for part in batch] == [0, 1, 1]
+        assert caplog.messages[0].startswith("a.1: damping raised from 0 to ")
+        for one, other in zip(batch, alone, strict=True):
+            assert torch.equal(one.codes, other.codes)
+
+    def test_the_wrong_one_is_named(self) -> None:
+        weights, hessians = [randn(8, 32), randn(8, 32)], [hessian_of(32), hessian_of(32)]
+        weights[1][3, 4] = torch.inf
+        with pytest.raises(NumericalError, match=r"weight of a\.1"):
+            self.together(GPTQ(), weights, "w4a16", hessians)
+        hessians[0][3, 4] = torch.nan
+        with pytest.raises(NumericalError, match=r"mean of x xᵀ of a\.0"):
+            self.together(GPTQ(), [randn(8, 32)] * 2, "w4a16", hessians)
+
+    def test_inputs_are_needed(self) -> None:
+        inputs = BatchInputs((inputs_of(hessian_of(32)), LayerInputs(5)))
+        scheme = QuantScheme.parse("w4a16").weight
+        with pytest.raises(InvalidValueError, match="gptq needs the inputs of b"):
+            GPTQ(range="minmax").quantize_batch(["a", "b"], [randn(8, 32)] * 2, scheme, inputs)
 
 
 def test_layers_with_the_same_inputs_share_the_factorization() -> None:

@@ -17,6 +17,7 @@ from slim_ptq import Calibrator, QuantConfig, load_model, quantize
 from slim_ptq.calibration.text import TokenWindows
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.modules import FakeQuantLinear
+from slim_ptq.pipeline import batches
 
 VOCAB = 128
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -122,6 +123,57 @@ def test_an_expert_without_tokens_is_rounded_and_that_is_said(
     assert said
     assert all(".experts." in layer.name for layer in said)
     assert verify_checkpoint(tmp_path / "out").sound
+
+
+@pytest.mark.parametrize(("rows", "length"), [(8, 24), (1, 2)])  # 2 tokens: not for all experts
+def test_layers_quantized_together_are_written_as_if_one_by_one(
+    saved_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    length: int,
+) -> None:
+    sizes: list[int] = []
+    quantize_batch = GPTQ.quantize_batch
+
+    def counted(self: GPTQ, names: Any, *args: Any) -> Any:
+        sizes.append(len(names))
+        return quantize_batch(self, names, *args)
+
+    monkeypatch.setattr(GPTQ, "quantize_batch", counted)
+    recipe = Recipe.build(
+        scheme="w4a16_g32",
+        method="gptq",
+        rules=[
+            {"match": "*experts.1.up_proj", "method": {"name": "gptq", "sweeps": 0}},
+            {"match": "*experts.2.down_proj", "method": "hqq"},
+            {"match": "*o_proj", "scheme": "w4a16"},
+        ],
+    )
+    reports = []
+    for name, most in (("together", batches._MOST_BYTES), ("alone", 0)):
+        monkeypatch.setattr(batches, "_MOST_BYTES", most)
+        sizes.clear()
+        reports.append(
+            quantize(
+                saved_model("qwen3_moe"),
+                tmp_path / name,
+                recipe=recipe,
+                calibration=windows(rows, length),
+            )
+        )
+        assert (max(sizes) > 1) == (name == "together")
+    together, alone = reports
+    for one, other in zip(together.layers, alone.layers, strict=True):
+        assert (one.name, one.scheme, one.method) == (other.name, other.scheme, other.method)
+        assert one.notes == other.notes
+        assert one.weight_error == pytest.approx(other.weight_error, rel=1e-2)
+        assert (one.seconds > 0) == (other.seconds > 0)
+    stored = [QuantizedCheckpoint(tmp_path / name) for name in ("together", "alone")]
+    assert list(stored[0].layers) == list(stored[1].layers)
+    for layer in stored[0].layers:
+        codes = [torch.as_tensor(one.layer(layer).codes) for one in stored]
+        assert (codes[0] != codes[1]).float().mean() <= 0.01, layer
 
 
 def test_rounding_is_learned_for_experts_that_some_batches_do_not_reach(

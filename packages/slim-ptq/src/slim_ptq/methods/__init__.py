@@ -1,6 +1,13 @@
 """Methods that turn a float weight into codes, each a pure function in a file of its own."""
 
-from slim_ptq.methods.base import LayerInputs, Needs, Parts, WeightMethod
+from slim_ptq.methods.base import (
+    BatchInputs,
+    BatchMethod,
+    LayerInputs,
+    Needs,
+    Parts,
+    WeightMethod,
+)
 from slim_ptq.methods.flatquant import FlatQuant
 from slim_ptq.methods.learned import LearnedTransform
 from slim_ptq.methods.minmax import MinMax, quantize_minmax, relative_error
@@ -9,6 +16,8 @@ from slim_ptq.methods.signround import SignRound
 
 __all__ = [
     "METHODS",
+    "BatchInputs",
+    "BatchMethod",
     "FlatQuant",
     "LayerInputs",
     "LearnedTransform",

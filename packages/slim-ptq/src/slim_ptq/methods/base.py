@@ -6,10 +6,10 @@ fields are its options, checked when it is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -53,6 +53,21 @@ class LayerInputs:
     hessian: torch.Tensor | None = None
     moments: torch.Tensor | None = None
     learned: LearnedTransform | Parts | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchInputs:
+    """What the inputs of several layers were like.
+
+    Parameters
+    ----------
+    layers : tuple of LayerInputs
+    memo : dict
+        What methods have computed of these inputs alone, for batches that share them.
+    """
+
+    layers: tuple[LayerInputs, ...]
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
@@ -137,4 +152,24 @@ class WeightMethod(Protocol):
             The weight has NaN or infinite elements; names the layer.
         FormatError
             The group size does not divide the input channels.
+        """
+
+
+@runtime_checkable
+class BatchMethod(WeightMethod, Protocol):
+    """A method to which several small weights take less time together than one by one."""
+
+    def quantize_batch(
+        self,
+        names: Sequence[str],
+        weights: Sequence[torch.Tensor],
+        scheme: TensorScheme,
+        inputs: BatchInputs,
+    ) -> list[Parts]:
+        """Quantize weights of one shape, each as :meth:`WeightMethod.quantize` does.
+
+        Raises
+        ------
+        NumericalError, FormatError
+            As there, for the first weight that is wrong.
         """

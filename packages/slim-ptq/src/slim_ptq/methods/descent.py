@@ -10,12 +10,12 @@ import torch
 
 from slim_core.dtypes import IntType
 from slim_core.numerics import EPS
-from slim_ptq.methods.columns import INNER, ColumnRounding, half_way
+from slim_ptq.methods.columns import INNER, ColumnRounding, half_way, put, take
 from slim_ptq.methods.grid import Grid
 
 
 def descend(state: ColumnRounding, *, refit: bool) -> bool:
-    """Go once over all groups of a weight; returns whether any code changed.
+    """Go once over all groups of the weights; returns whether any code changed.
 
     Parameters
     ----------
@@ -24,14 +24,12 @@ def descend(state: ColumnRounding, *, refit: bool) -> bool:
     refit : bool
         Move scales and offsets too.
     """
-    members = state.groups.argsort(stable=True).reshape(len(state.scale), -1)
-    hessian = state.feedback.hessian
+    batch, count = state.scale.shape[:2]
+    members = state.groups.argsort(dim=1, stable=True).reshape(batch, count, -1)
     changed = False
-    for group, places in enumerate(members):
-        # A slice leaves a weight of one group where it lies.
-        part = slice(None) if len(members) == 1 else places
-        rows = hessian[part]
-        one = _Group(state, group, part, rows[:, part], rows @ state.error)
+    for group in range(count):
+        # A weight of one group is left where it lies.
+        one = _Group(state, group, None if count == 1 else members[:, group])
         if refit:
             one.move_scale()
             one.move_offset()
@@ -42,21 +40,18 @@ def descend(state: ColumnRounding, *, refit: bool) -> bool:
 class _Group:
     """The columns of one group: their Hessian, and the slope of the objective there."""
 
-    def __init__(
-        self,
-        state: ColumnRounding,
-        group: int,
-        part: slice | torch.Tensor,
-        hessian: torch.Tensor,
-        slope: torch.Tensor,
-    ) -> None:
+    def __init__(self, state: ColumnRounding, group: int, places: torch.Tensor | None) -> None:
         self._state = state
         self._group = group
-        self._part = part
-        self._hessian = hessian
-        self._slope = slope
-        self._levels = state.levels(part, group)
-        self._softness: list[float] = (1 / hessian.diagonal()).tolist()
+        self._places = places
+        hessian = state.feedback.hessian
+        rows = hessian if places is None else take(hessian, places)
+        self._slope = rows @ state.error
+        self._hessian = rows
+        if places is not None:
+            self._hessian = rows.gather(2, places[:, None].expand(-1, places.shape[1], -1))
+        self._levels = state.levels(places, group)
+        self._softness = 1 / self._hessian.diagonal(dim1=1, dim2=2)[..., None]
 
     def move_scale(self) -> None:
         """Set the scales to the best ones given all codes, where these can be stored."""
@@ -69,8 +64,8 @@ class _Group:
         step = other.scale - grid.scale
         better = stiffness * step.square() < 2 * pull * step
         step = torch.where(better, step, torch.zeros_like(step))
-        self._slope.addcmul_(product, step, value=-1)
-        self._state.scale[self._group] += step
+        self._slope.addcmul_(product, step[:, None], value=-1)
+        self._state.scale[:, self._group] += step
 
     def move_offset(self) -> None:
         """Set the offsets to the best whole ones given all codes."""
@@ -78,32 +73,38 @@ class _Group:
         dtype = grid.scheme.dtype
         if grid.scheme.symmetric or not isinstance(dtype, IntType):
             return
-        squares = grid.scale.square().expand_as(self._slope[0])
-        stiffness = _shared(self._hessian.sum() * squares, grid)
-        pull = _shared(grid.scale * self._slope.sum(dim=0), grid)
+        squares = grid.scale.square().expand_as(self._slope[:, 0])
+        stiffness = _shared(self._hessian.sum(dim=(1, 2))[:, None] * squares, grid)
+        pull = _shared(grid.scale * self._slope.sum(dim=1), grid)
         offset = grid.offset - pull / stiffness.clamp(min=EPS**2)
         step = offset.round().clamp(dtype.min, dtype.max) - grid.offset
         better = stiffness * step.square() < -2 * pull * step
         step = torch.where(better, step, torch.zeros_like(step))
-        self._levels -= step
-        self._slope.addcmul_(self._hessian.sum(dim=1, keepdim=True), step * grid.scale)
-        self._state.offset[self._group] += step
+        self._levels -= step[:, None]
+        told = self._hessian.sum(dim=2, keepdim=True)
+        self._slope.addcmul_(told, (step * grid.scale)[:, None])
+        self._state.offset[:, self._group] += step
 
     def sweep(self) -> bool:
         """Set each code to the best one given all others; returns whether any code changed.
 
         All is counted in steps, which the columns of a group share.
         """
-        state, part = self._state, self._part
-        scale, offset = state.scale[self._group], state.offset[self._group]
+        state, places = self._state, self._places
+        scale, offset = state.scale[:, self._group, None], state.offset[:, self._group, None]
         slope = self._slope.div_(scale)
         moves = torch.empty_like(slope)
-        self._move(0, len(slope), moves, offset)
+        self._move(0, slope.shape[1], moves, offset[:, 0])
         self._levels -= moves
         changed = bool(moves.any())
-        if changed:
-            state.codes[part] = state.codes_of(self._levels, offset)
-        state.error[part] = torch.addcmul(state.target[part], self._levels, scale, value=-1)
+        target = state.target if places is None else take(state.target, places)
+        error = torch.addcmul(target, self._levels, scale, value=-1)
+        if places is None:
+            state.error.copy_(error)
+            state.codes.copy_(state.codes_of(self._levels, offset))
+        else:
+            put(state.error, places, error)
+            put(state.codes, places, state.codes_of(self._levels, offset))
         return changed
 
     def _move(self, start: int, stop: int, moves: torch.Tensor, offset: torch.Tensor) -> None:
@@ -114,27 +115,27 @@ class _Group:
         if stop - start > INNER:
             middle = half_way(start, stop, INNER)
             self._move(start, middle, moves, offset)
-            told = self._hessian[middle:stop, start:middle]
-            self._slope[middle:stop].addmm_(told, moves[start:middle])
+            told = self._hessian[:, middle:stop, start:middle]
+            self._slope[:, middle:stop].baddbmm_(told, moves[:, start:middle])
             self._move(middle, stop, moves, offset)
             return
         part = slice(start, stop)
-        levels, slopes, own = self._levels[part].unbind(), self._slope[part].unbind(), moves[part]
-        within = self._hessian[part, part]
-        place = torch.empty_like(own[0])
-        for row, move in enumerate(own.unbind()):
-            if row:
-                slopes[row].addmv_(own[:row].T, within[row, :row])
-            torch.add(levels[row], slopes[row], alpha=self._softness[start + row], out=place)
+        slopes, told = self._slope[:, part], self._hessian[:, part, part, None]
+        columns = (self._levels[:, part], slopes, told, self._softness[:, part], moves[:, part])
+        rows = zip(*(item.unbind(1) for item in columns), strict=True)
+        for column, (level, slope, shares, softness, move) in enumerate(rows, start=1):
+            place = torch.addcmul(level, slope, softness)
             self._state.round_levels(place, offset)
-            torch.sub(levels[row], place, out=move)
+            torch.sub(level, place, out=move)
+            if column < slopes.shape[1]:
+                slopes[:, column:].addcmul_(shares[:, column:], move[:, None])
 
 
 def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return the sum of products down each column."""
-    return (left * right).sum(dim=0)
+    return (left * right).sum(dim=1)
 
 
 def _shared(sums: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return sums of all rows if they share one scale."""
-    return sums.sum(dim=0, keepdim=True) if len(grid.scale) == 1 else sums
+    return sums.sum(dim=1, keepdim=True) if grid.scale.shape[1] == 1 else sums

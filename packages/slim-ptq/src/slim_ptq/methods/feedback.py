@@ -11,6 +11,7 @@ no inverse of ``H`` is formed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,32 +28,36 @@ _MOST = 1.0  # times the mean of the diagonal: a Hessian that is not definite th
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feedback:
-    """A factorized Hessian.
+    """Factorized Hessians of one size.
 
     Parameters
     ----------
     hessian : torch.Tensor
-        float32, shape (in, in), damped, in the order of ``order``.
+        float32, shape (batch, in, in), damped, in the order of ``order``.
     upper : torch.Tensor
-        float32, shape (in, in): ``U``, unit upper triangular.
+        float32, shape (batch, in, in): ``U``, unit upper triangular.
     diagonal : torch.Tensor
-        float32, shape (in,): ``D``.
+        float32, shape (batch, in): ``D``.
     order : torch.Tensor
-        int64, shape (in,): the input channels in the order in which they are quantized.
-    notes : tuple of str
+        int64, shape (batch, in): the input channels in the order in which they are quantized.
+    notes : tuple of tuple of str
+        Of each Hessian.
     """
 
     hessian: torch.Tensor
     upper: torch.Tensor
     diagonal: torch.Tensor
     order: torch.Tensor
-    notes: tuple[str, ...] = ()
+    notes: tuple[tuple[str, ...], ...]
 
 
 def factorize(
-    name: str, hessian: torch.Tensor, damp: float, order: torch.Tensor | None = None
+    names: Sequence[str],
+    hessians: Sequence[torch.Tensor],
+    damp: float,
+    orders: Sequence[torch.Tensor | None],
 ) -> Feedback:
-    """Damp and factorize a Hessian.
+    """Damp and factorize Hessians of one size.
 
     ``damp`` times the mean of the diagonal is added to the diagonal.  Where the factorization
     fails, it is repeated in float64, then with tenfold damping up to the mean itself; what was
@@ -61,58 +66,85 @@ def factorize(
 
     Parameters
     ----------
-    name : str
-        Of the layer, for messages.
-    hessian : torch.Tensor
-        float32, shape (in, in): the mean of ``x xᵀ``.
-    order : torch.Tensor, optional
-        In which channels are quantized, the natural one if not given.
+    names : sequence of str
+        Of the layers, for messages.
+    hessians : sequence of torch.Tensor
+        Each float32, shape (in, in): the mean of ``x xᵀ``.
+    orders : sequence of torch.Tensor or None
+        Each int64, shape (in,): in which channels are quantized; None for the natural order.
 
     Raises
     ------
     NumericalError
-        The Hessian is not finite, or not positive definite with any damping.
+        A Hessian is not finite, or not positive definite with any damping.
     """
-    check_finite(name, "mean of x xᵀ", hessian)
-    if order is None:
-        order = torch.arange(hessian.shape[0], device=hessian.device)
-        work = hessian.float().clone()
-    else:
-        work = hessian.float()[order][:, order]
-    diagonal = work.diagonal()
-    mean = float(diagonal.mean())
+    first = hessians[0]
+    shape = (len(hessians), *first.shape)
+    work = torch.empty(shape, device=first.device)
+    for name, hessian, order, own in zip(names, hessians, orders, work, strict=True):
+        check_finite(name, "mean of x xᵀ", hessian)
+        if order is None:
+            own.copy_(hessian)
+        else:
+            torch.index_select(hessian.float()[order], 1, order, out=own)
+    diagonal = work.diagonal(dim1=1, dim2=2)  # a view
+    means = diagonal.mean(dim=1, keepdim=True)
     silent = diagonal <= 0
-    notes: tuple[str, ...] = ()
-    count = int(silent.sum())
-    if count:
-        notes = (f"{count} input channels saw no signal: their weights are rounded to nearest",)
-        diagonal[silent] = mean or 1.0  # a view: writes into the matrix
+    diagonal.copy_(torch.where(silent, torch.where(means > 0, means, 1.0), diagonal))
+    diagonal += damp * means
+    upper = torch.empty(shape, device=first.device).mT  # as the factors come
+    pivots = torch.empty_like(diagonal)
+    # One at a time: temporaries of all are slower, and a device is not waited for in between.
+    failed = torch.stack([_factor(*one) for one in zip(work, upper, pivots, strict=True)]).tolist()
+    notes = []
+    for index, (name, count) in enumerate(zip(names, silent.sum(dim=1).tolist(), strict=True)):
+        said: tuple[str, ...] = ()
+        if count:
+            said = (f"{count} input channels saw no signal: their weights are rounded to nearest",)
+        if failed[index]:
+            own = work[index], upper[index], pivots[index]
+            said += _noted(name, damp, _insist(name, *own, damp, float(means[index])))
+        notes.append(said)
+    natural = torch.arange(len(first), device=first.device)
+    order = torch.stack([natural if order is None else order for order in orders])
+    return Feedback(work, upper, pivots, order, tuple(notes))
+
+
+def _factor(damped: torch.Tensor, upper: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    """Write ``U`` and ``D`` of a matrix; returns whether there are none."""
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    roots = lower.diagonal().flip(0)
+    upper.copy_(lower.flip(0, 1).div_(roots))
+    pivots.copy_(roots.square())
+    failed: torch.Tensor = (info != 0) | ~torch.isfinite(roots).all()
+    return failed
+
+
+def _insist(
+    name: str,
+    hessian: torch.Tensor,
+    upper: torch.Tensor,
+    pivots: torch.Tensor,
+    damp: float,
+    mean: float,
+) -> float:
+    """Factorize a damped Hessian in float64, damped more if need be; returns the damping."""
     raised = damp
-    while True:
-        damped = work.clone()
-        damped.diagonal().add_(raised * mean)
-        for dtype in (torch.float32, torch.float64):
-            lower, info = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
-            if not int(info) and bool(torch.isfinite(lower.sum())):
-                notes += _noted(name, damp, raised, dtype)
-                upper = lower.flip(0, 1)
-                pivots = upper.diagonal().clone()
-                upper = upper.div_(pivots).float()
-                return Feedback(damped, upper, pivots.square().float(), order, notes)
+    while _factor(hessian.double(), upper, pivots):
         if raised >= _MOST:
             raise NumericalError(
                 f"the mean of x xᵀ of {name} is not positive definite",
                 hint="the calibration data may be degenerate; try other texts",
             )
-        raised = min(max(raised, 1e-4) * _RAISE, _MOST)
+        before, raised = raised, min(max(raised, 1e-4) * _RAISE, _MOST)
+        hessian.diagonal().add_((raised - before) * mean)
+    return raised
 
 
-def _noted(name: str, damp: float, raised: float, dtype: torch.dtype) -> tuple[str, ...]:
+def _noted(name: str, damp: float, raised: float) -> tuple[str, ...]:
     if raised != damp:
         note = f"damping raised from {damp:g} to {raised:g}: the Hessian was not positive definite"
-    elif dtype is torch.float64:
-        note = "the Hessian was factorized in float64, since float32 did not suffice"
     else:
-        return ()
+        note = "the Hessian was factorized in float64, since float32 did not suffice"
     _log.warning("%s: %s", name, note)
     return (note,)

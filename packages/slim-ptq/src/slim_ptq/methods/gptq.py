@@ -7,6 +7,7 @@ QuantEase, arXiv:2309.01885) follow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
@@ -16,7 +17,7 @@ import torch
 from slim_core.errors import InvalidValueError
 from slim_core.scheme import QuantScheme, TensorScheme
 from slim_core.validate import check_float, check_int, check_type
-from slim_ptq.methods.base import LayerInputs, Needs, Parts
+from slim_ptq.methods.base import BatchInputs, LayerInputs, Needs, Parts
 from slim_ptq.methods.choices import (
     check_enum,
     finite_weight,
@@ -120,28 +121,52 @@ class GPTQ:
         """Quantize a weight (:meth:`slim_ptq.methods.base.WeightMethod.quantize`)."""
         required_hessian(self.name, name, inputs)
         assert inputs is not None  # narrowing
-        values = finite_weight(name, weight)
+        return self.quantize_batch([name], [weight], scheme, BatchInputs((inputs,), inputs.memo))[0]
+
+    def quantize_batch(
+        self,
+        names: Sequence[str],
+        weights: Sequence[torch.Tensor],
+        scheme: TensorScheme,
+        inputs: BatchInputs,
+    ) -> list[Parts]:
+        """Quantize weights (:meth:`slim_ptq.methods.base.BatchMethod.quantize_batch`)."""
+        values = [finite_weight(*one) for one in zip(names, weights, strict=True)]
         fit = _FITS[self.range]
+        in_turn = bool(scheme.group_size) and not self.static_groups
         searched = self.range is Range.SEARCH
-        grid = fit_weight(values, scheme, fit, inputs.moments if searched else None)
-        feedback = self._feedback(name, scheme, inputs)
-        rounding = ColumnRounding(values, grid, feedback)
-        rounding.forward(None if self.static_groups or not scheme.group_size else fit)
+        grids = [
+            fit_weight(
+                value,
+                scheme,
+                keep_minmax if in_turn else fit,  # which is replaced
+                own.moments if searched else None,
+            )
+            for value, own in zip(values, inputs.layers, strict=True)
+        ]
+        feedback = self._feedback(names, scheme, inputs)
+        rounding = ColumnRounding(values, grids, feedback)
+        rounding.forward(fit if in_turn else None)
         if self.keep_nearest:
             rounding.keep_nearest()
         for _ in range(self.sweeps):
             if not descend(rounding, refit=self.refit):
                 break
-        return rounding.grid().parts(rounding.natural_codes(), feedback.notes)
+        found = zip(rounding.grids(), rounding.natural_codes(), feedback.notes, strict=True)
+        return [grid.parts(codes, notes) for grid, codes, notes in found]
 
-    def _feedback(self, name: str, scheme: TensorScheme, inputs: LayerInputs) -> Feedback:
-        """Return the factorized Hessian, which layers with the same inputs share."""
-        assert inputs.hessian is not None
+    def _feedback(
+        self, names: Sequence[str], scheme: TensorScheme, inputs: BatchInputs
+    ) -> Feedback:
+        """Return the factorized Hessians, which layers with the same inputs share."""
         size = scheme.group_size if self.order is Order.GROUP else 0
         key = (self.name, self.damp, self.order, size)
         if key not in inputs.memo:
-            order = _channel_order(inputs.hessian.diagonal(), self.order, size)
-            inputs.memo[key] = factorize(name, inputs.hessian, self.damp, order)
+            hessians = [
+                required_hessian(self.name, *one) for one in zip(names, inputs.layers, strict=True)
+            ]
+            orders = [_channel_order(one.diagonal(), self.order, size) for one in hessians]
+            inputs.memo[key] = factorize(names, hessians, self.damp, orders)
         found: Feedback = inputs.memo[key]
         return found
 

@@ -193,30 +193,44 @@ def fit_weight(
     if scheme.group_size:
         split_groups(weight, scheme.group_size)  # which raises
     whole = scheme.granularity is Granularity.PER_TENSOR
-    size = scheme.group_size or columns
-    two_stage = scheme.scales is ScaleKind.TWO_STAGE
-    unit = two_stage_scales(weight, scheme.group_size)[0] if two_stage else None
-    importance = None if moments is None else moments.to(weight).reshape(1, -1, size)
-    if whole:
-        sets = weight.reshape(1, -1)
-        spread = None if moments is None else moments.to(weight).expand(rows, -1).reshape(1, -1)
-        grid = fit(sets, minmax_grid(sets, scheme), spread)
-        return WeightGrid(scheme, grid.scale, grid.offset)
-    found = []
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part = weight[start : start + step]
-        count = part.shape[0] * (columns // size)
-        own = None if unit is None else unit[start : start + step].expand(-1, columns // size)
-        sets = part.reshape(count, size)
-        first = minmax_grid(sets, scheme, None if own is None else own.reshape(count, 1))
-        spread = (
-            None
-            if importance is None
-            else importance.expand(part.shape[0], -1, -1).reshape(count, size)
-        )
-        found.append(fit(sets, first, spread))
-    shape = (rows, columns // size)
-    scale = torch.cat([grid.scale for grid in found]).reshape(shape)
-    offset = torch.cat([grid.offset for grid in found]).reshape(shape)
+    shape = (1, 1, -1) if whole else (rows, -1, scheme.group_size or columns)
+    unit = None
+    if scheme.scales is ScaleKind.TWO_STAGE:
+        unit = two_stage_scales(weight, scheme.group_size)[0]
+    importance = None
+    if moments is not None:
+        importance = moments.to(weight).expand_as(weight).reshape(shape)
+    scale, offset = fit_sets(weight.reshape(shape), scheme, fit, importance, unit)
     return WeightGrid(scheme, scale, offset, unit)
+
+
+def fit_sets(
+    weight: torch.Tensor,
+    scheme: TensorScheme,
+    fit: Fit,
+    importance: torch.Tensor | None = None,
+    unit: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and offset of sets, shape (rows, sets), fitted for a few rows at a time.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        float32, shape (rows, sets, k).
+    importance : torch.Tensor, optional
+        Shape (rows, sets, k).
+    unit : torch.Tensor, optional
+        Shape (rows, 1), of two-stage scales.
+    """
+    count, size = weight.shape[1:]
+    step = max(1, _CHUNK // (count * size))
+    found = []
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        sets = weight[part].reshape(-1, size)
+        own = None if unit is None else unit[part].expand(-1, count).reshape(-1, 1)
+        spread = None if importance is None else importance[part].reshape(-1, size)
+        found.append(fit(sets, minmax_grid(sets, scheme, own), spread))
+    scale = torch.cat([grid.scale for grid in found])
+    offset = torch.cat([grid.offset for grid in found])
+    return scale.reshape(-1, count), offset.reshape(-1, count)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from slim_ptq.observers import SpreadObserver
 from slim_ptq.parallel import Team
 from slim_ptq.pipeline.ahead import work_ahead
 from slim_ptq.pipeline.attention import BlockAttention
+from slim_ptq.pipeline.batches import portions, quantize_batches
 from slim_ptq.pipeline.blocks import BlockRunner
 from slim_ptq.pipeline.inputs import by_block, score_inputs
 from slim_ptq.pipeline.quantizing import (
@@ -353,17 +354,26 @@ class _Job:
         share = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
         mine = [local for local in quantized if local in share]
 
-        def make(local: str) -> Made:
+        def weight(local: str) -> torch.Tensor:
+            return weight_of(block.get_submodule(local))
+
+        def make(local: str, parts: Parts | None = None, seconds: float = 0.0) -> Made:
             linear, plan = block.get_submodule(local), quantized[local]
-            return self._make(linear, plan, statistics[local], learned.get(local))
+            return self._make(linear, plan, statistics[local], learned.get(local), parts, seconds)
+
+        def make_portions() -> Iterator[tuple[str, Made]]:
+            for portion in portions({local: quantized[local] for local in mine}):
+                done = quantize_batches(portion, statistics, weight)
+                for local in portion:
+                    yield local, make(local, *done.pop(local, ()))
 
         made: Iterable[tuple[str, Made]]
         if self._in_threads(block, quantized.values()):
-            costs = {local: weight_of(block.get_submodule(local)).nbytes for local in mine}
+            costs = {local: weight(local).nbytes for local in mine}
             several = work_ahead(make, mine, costs.__getitem__, sum(costs.values()) // 2)
             made = zip(mine, several, strict=True)
         else:
-            made = ((local, make(local)) for local in mine)
+            made = make_portions()
         if self._team.size > 1:
             found = {k: item for part in self._team.collect(dict(made)) for k, item in part.items()}
             made = ((local, found[local]) for local in quantized if local in found)
@@ -397,8 +407,11 @@ class _Job:
         plan: LayerPlan,
         statistics: InputStatistics,
         learned: LearnedTransform | Parts | None,
+        parts: Parts | None,
+        seconds: float,
     ) -> Made:
-        started = time.perf_counter()
+        """Quantize a layer, or finish one of which ``parts`` were made in ``seconds``."""
+        started = time.perf_counter() - seconds
         weight = weight_of(linear)
         params = None
         if plan.scheme.activation is not None and statistics.observer is not None:
@@ -414,6 +427,7 @@ class _Job:
             if learned is None
             else replace(statistics.inputs(), learned=learned),
             input_params=params if plan.scheme.is_static else None,
+            parts=parts,
         )
         seen = statistics.tokens
         worse = None if seen is None else output_error(layer, weight, seen)

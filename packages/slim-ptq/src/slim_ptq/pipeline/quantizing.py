@@ -16,7 +16,14 @@ from slim_core.method import MethodSpec
 from slim_core.plan import LayerPlan
 from slim_core.report import LayerReport
 from slim_core.scheme import Granularity, QuantScheme
-from slim_ptq.methods import LayerInputs, MinMax, WeightMethod, make_method, relative_error
+from slim_ptq.methods import (
+    LayerInputs,
+    MinMax,
+    Parts,
+    WeightMethod,
+    make_method,
+    relative_error,
+)
 from slim_ptq.modules import FakeQuantLinear, on_device
 from slim_ptq.tensors import from_numpy
 
@@ -40,10 +47,27 @@ def quantize_layer(
     model_dtype: str,
     inputs: LayerInputs | None = None,
     input_params: tuple[torch.Tensor, torch.Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> tuple[QuantizedLinear, float]:
-    """Quantize a planned layer; returns it and the relative error of its weight."""
-    layer = quantize_weight(
-        plan.name, plan.scheme, plan.method, weight, bias, model_dtype=model_dtype, inputs=inputs
+    """Quantize a planned layer; returns it and the relative error of its weight.
+
+    Parameters
+    ----------
+    parts : Parts, optional
+        The quantized weight, if it was quantized with others.
+    """
+    layer = (
+        quantize_weight(
+            plan.name,
+            plan.scheme,
+            plan.method,
+            weight,
+            bias,
+            model_dtype=model_dtype,
+            inputs=inputs,
+        )
+        if parts is None
+        else parts.layer(plan.name, plan.scheme, bias, model_dtype)
     )
     if input_params is not None:
         scale, offset = (part.to(weight.device) for part in input_params)

@@ -1,0 +1,98 @@
+"""Quantize small layers of one shape, the experts of a block, together.
+
+To choose codes column by column costs a few short operations for each column, which take hardly
+longer for several layers than for one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from slim_core.plan import LayerPlan
+from slim_ptq.methods import BatchInputs, BatchMethod, Parts, make_method
+from slim_ptq.pipeline.statistics import InputStatistics
+
+_MOST_BYTES = 1 << 28  # of the weights and Hessians, in float32, that are worked on at a time
+
+
+def portions(layers: Mapping[str, LayerPlan]) -> Iterator[dict[str, LayerPlan]]:
+    """Yield the layers, in order, as many at a time as may be quantized together."""
+    portion: dict[str, LayerPlan] = {}
+    spent = 0
+    for name, plan in layers.items():
+        rows, columns = plan.shape
+        alone = not isinstance(make_method(plan.method), BatchMethod)
+        cost = _MOST_BYTES if alone else 4 * columns * (rows + columns)
+        if portion and spent + cost > _MOST_BYTES:
+            yield portion
+            portion, spent = {}, 0
+        portion[name] = plan
+        spent += cost
+    if portion:
+        yield portion
+
+
+def quantize_batches(
+    portion: Mapping[str, LayerPlan],
+    statistics: Mapping[str, InputStatistics],
+    weight: Callable[[str], torch.Tensor],
+) -> dict[str, tuple[Parts, float]]:
+    """Quantize the layers of a portion of which several are alike.
+
+    Parameters
+    ----------
+    weight : callable
+        Returns the weight of a layer, shape (out, in).
+
+    Returns
+    -------
+    dict
+        What became of them, and the share of each in the seconds that this took.  Other layers
+        are left out.
+    """
+    found: dict[str, tuple[Parts, float]] = {}
+    for batches in _batches(portion, statistics):
+        # What is computed of the inputs alone is kept for the batches that share them.
+        inputs = BatchInputs(tuple(statistics[name].inputs() for name in batches[0]))
+        for names in batches:
+            plan = portion[names[0]]
+            method = make_method(plan.method)
+            assert isinstance(method, BatchMethod)  # narrowing
+            assert plan.scheme.weight is not None
+            started = time.perf_counter()
+            parts = method.quantize_batch(
+                [portion[name].name for name in names],
+                [weight(name) for name in names],
+                plan.scheme.weight,
+                inputs,
+            )
+            seconds = (time.perf_counter() - started) / len(names)
+            found |= {name: (part, seconds) for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _batches(
+    portion: Mapping[str, LayerPlan], statistics: Mapping[str, InputStatistics]
+) -> list[list[Sequence[str]]]:
+    """Return layers of several inputs that are alike in shape, scheme and method.
+
+    Each list has batches with the same inputs in the same order, as those of the gates of some
+    experts and of what stands beside them.
+    """
+    alike: dict[object, dict[int, list[str]]] = {}
+    for name, plan in portion.items():
+        inputs = statistics[name]
+        if isinstance(make_method(plan.method), BatchMethod) and inputs.inputs().count:
+            key = (plan.shape, str(plan.scheme), str(plan.method))
+            alike.setdefault(key, {}).setdefault(id(inputs), []).append(name)
+    found: list[list[Sequence[str]]] = []
+    for by_inputs in alike.values():
+        members = list(by_inputs.values())
+        for count in {len(names) for names in members}:
+            even = [names for names in members if len(names) == count]
+            if len(even) > 1:
+                found.append(list(zip(*even, strict=True)))
+    return found
