@@ -6,19 +6,24 @@ take as long as they would at the speed that a matrix product of the same kind r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from _common import best_of, save
 
 from slim_core.method import MethodSpec
+from slim_core.plan import LayerPlan
 from slim_core.scheme import QuantScheme
 from slim_ptq.methods import LayerInputs, WeightMethod, make_method
 from slim_ptq.methods.gptq import GPTQ
+from slim_ptq.pipeline.batches import portions, quantize_batches
 
 COMMAND = "nox -s bench-slim-ptq"
 # How often a block of a model of 1 B parameters has weights of a shape.
 SHAPES = {(2048, 2048): 4, (5632, 2048): 2, (2048, 5632): 1}
+# A tenth of the experts of a block of a model of 30 B parameters.
+EXPERT, EXPERTS = (768, 2048), 13
 PUBLISHED: dict[str, Any] = {
     "name": "gptq",
     "range": "minmax",
@@ -110,6 +115,76 @@ def block_rows(rows: list[dict[str, Any]], speed: float) -> list[dict[str, Any]]
     return found
 
 
+class _Known:
+    """Statistics of inputs that are known."""
+
+    def __init__(self, hessian: torch.Tensor) -> None:
+        self._hessian = hessian
+
+    def inputs(self) -> LayerInputs:
+        """Return them, with nothing computed of them yet."""
+        return LayerInputs(1, self._hessian, self._hessian.diagonal())
+
+
+def expert_rows(speed: float) -> list[dict[str, Any]]:
+    """Measure GPTQ on the experts of a block, one layer after the other and as the pipeline does.
+
+    Counted is what :func:`gptq_rows` counts, one factor for the gate and what stands beside it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, width = EXPERT
+    shapes = {"gate": (rows, width), "up": (rows, width), "down": (width, rows)}
+    weights, statistics = {}, {}
+    for index in range(EXPERTS):
+        for shape in ((rows, width), (width, rows)):
+            x = torch.randn(2 * shape[1], shape[1], generator=generator)
+            known = _Known(x.T @ x / len(x))
+            for name in (name for name in shapes if shapes[name] == shape):
+                statistics[f"{index}.{name}"] = known
+                weights[f"{index}.{name}"] = torch.randn(shape, generator=generator)
+    products = 2 * (width**3 + rows**3) / 3 + 2 * rows * width**2 + width * rows**2
+    swept = 2 * (2 * rows * width**2 + width * rows**2)
+    found = []
+    for label, spec in METHODS.items():
+        method = MethodSpec.parse(spec)
+        plans = {
+            name: LayerPlan(
+                name, tuple(weight.shape), QuantScheme.parse("w4a16_g128"), "", method=method
+            )
+            for name, weight in weights.items()
+        }
+
+        def run(portion: dict[str, LayerPlan]) -> None:
+            shared: dict[int, LayerInputs] = {}
+            for name, plan in portion.items():
+                known = statistics[name]
+                inputs = shared.setdefault(id(known), known.inputs())
+                made: WeightMethod = make_method(plan.method)
+                made.quantize(name, weights[name], plan.scheme.weight, inputs)
+
+        def together(plans: dict[str, LayerPlan] = plans) -> None:
+            for portion in portions(plans, statistics):
+                done = quantize_batches(portion, statistics, weights.__getitem__)
+                run({name: plan for name, plan in portion.items() if name not in done})
+
+        sweeps = int(spec.get("sweeps", GPTQ.sweeps))
+        needed = EXPERTS * (products + sweeps * swept) / speed
+        alone, batched = best_of(partial(run, plans), 3), best_of(together, 3)
+        found.append(
+            {
+                "method": label,
+                "experts": EXPERTS,
+                "weights": [list(shape) for shape in shapes.values()],
+                "seconds_one_by_one": round(alone, 2),
+                "seconds_together": round(batched, 2),
+                "ratio": round(batched / alone, 2),
+                "times_bound_with_sweeps": round(batched / needed, 2),
+            }
+        )
+        print(found[-1], flush=True)
+    return found
+
+
 def main() -> None:
     """Measure and save."""
     speed = gemm_speed()
@@ -123,6 +198,7 @@ def main() -> None:
             "gemm_gflops": round(speed / 1e9, 1),
             "gptq": gptq,
             "block": block_rows(gptq, speed),
+            "experts": expert_rows(speed),
         },
     )
 

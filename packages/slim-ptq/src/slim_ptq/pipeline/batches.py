@@ -6,6 +6,7 @@ longer for several layers than for one.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,21 +19,32 @@ from slim_ptq.pipeline.statistics import InputStatistics
 _MOST_BYTES = 1 << 28  # of the weights and Hessians, in float32, that are worked on at a time
 
 
-def portions(layers: Mapping[str, LayerPlan]) -> Iterator[dict[str, LayerPlan]]:
-    """Yield the layers, in order, as many at a time as may be quantized together."""
+def portions(
+    layers: Mapping[str, LayerPlan], statistics: Mapping[str, InputStatistics]
+) -> Iterator[dict[str, LayerPlan]]:
+    """Yield the layers, in order, as many at a time as may be quantized together.
+
+    Layers that follow each other and have the same inputs are not parted.
+    """
     portion: dict[str, LayerPlan] = {}
     spent = 0
-    for name, plan in layers.items():
-        rows, columns = plan.shape
-        alone = not isinstance(make_method(plan.method), BatchMethod)
-        cost = _MOST_BYTES if alone else 4 * columns * (rows + columns)
+    for _, names in itertools.groupby(layers, lambda name: id(statistics[name])):
+        group = {name: layers[name] for name in names}
+        cost = sum(map(_cost, group.values()))
         if portion and spent + cost > _MOST_BYTES:
             yield portion
             portion, spent = {}, 0
-        portion[name] = plan
+        portion |= group
         spent += cost
     if portion:
         yield portion
+
+
+def _cost(plan: LayerPlan) -> int:
+    if not isinstance(make_method(plan.method), BatchMethod):
+        return _MOST_BYTES
+    rows, columns = plan.shape
+    return 4 * columns * (rows + columns)
 
 
 def quantize_batches(

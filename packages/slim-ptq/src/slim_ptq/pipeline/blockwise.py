@@ -362,7 +362,7 @@ class _Job:
             return self._make(linear, plan, statistics[local], learned.get(local), parts, seconds)
 
         def make_portions() -> Iterator[tuple[str, Made]]:
-            for portion in portions({local: quantized[local] for local in mine}):
+            for portion in portions({local: quantized[local] for local in mine}, statistics):
                 done = quantize_batches(portion, statistics, weight)
                 for local in portion:
                     yield local, make(local, *done.pop(local, ()))
