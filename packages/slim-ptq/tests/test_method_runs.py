@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from slim_core.recipe import Recipe
 from slim_core.verify import verify_checkpoint
 from slim_ptq import Calibrator, QuantConfig, load_model, quantize
 from slim_ptq.calibration.text import TokenWindows
+from slim_ptq.methods import BatchInputs
 from slim_ptq.methods.gptq import GPTQ
 from slim_ptq.modules import FakeQuantLinear
 from slim_ptq.pipeline import batches
@@ -174,6 +176,29 @@ def test_layers_quantized_together_are_written_as_if_one_by_one(
     for layer in stored[0].layers:
         codes = [torch.as_tensor(one.layer(layer).codes) for one in stored]
         assert (codes[0] != codes[1]).float().mean() <= 0.01, layer
+
+
+def test_moments_are_freed_with_the_last_layer_that_needs_them(
+    saved_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hessians: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    quantize_batch = GPTQ.quantize_batch
+
+    def watched(self: GPTQ, names: Any, weights: Any, scheme: Any, inputs: BatchInputs) -> Any:
+        own = {id(layer.hessian) for layer in inputs.layers}
+        kept = {id(seen()) for seen in hessians if seen() is not None}
+        alive.append(len(kept - own))
+        for layer in inputs.layers:
+            assert layer.hessian is not None
+            hessians.append(weakref.ref(layer.hessian))
+        return quantize_batch(self, names, weights, scheme, inputs)
+
+    monkeypatch.setattr(GPTQ, "quantize_batch", watched)
+    monkeypatch.setattr(batches, "_MOST_BYTES", 0)
+    run(saved_model("llama"), tmp_path / "out", scheme="w4a16", method="gptq")
+    assert len(alive) == 14
+    assert set(alive) == {0}
 
 
 def test_rounding_is_learned_for_experts_that_some_batches_do_not_reach(

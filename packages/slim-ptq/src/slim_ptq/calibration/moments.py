@@ -20,7 +20,10 @@ _MOST_BYTES = 4 << 30  # of the moments of the layers that are watched in one pa
 
 
 class Moments:
-    """Mean square or mean of ``x xᵀ`` over all tokens that were added, in float32."""
+    """Mean square or mean of ``x xᵀ`` over all tokens that were added, in float32.
+
+    Nothing can be added once :meth:`inputs` was called: the mean takes the place of the sum.
+    """
 
     def __init__(self, needs: Needs) -> None:
         self._needs = needs & ~Needs.BLOCK
@@ -30,9 +33,9 @@ class Moments:
 
     def add(self, x: torch.Tensor) -> None:
         """Take in tokens, shape (..., channels), which are finite."""
+        assert self._inputs is None
         rows = x.detach().reshape(-1, x.shape[-1])
         self._count += rows.shape[0]
-        self._inputs = None
         if not self._needs:
             return
         rows = rows.float()
@@ -46,18 +49,18 @@ class Moments:
 
     def combine(self, team: Team) -> None:
         """Become, in every process, the moments of the tokens of all of them."""
+        assert self._inputs is None
         counts = team.gather((self._count, None if self._sum is None else self._sum.shape))
         self._count = sum(count for count, _ in counts)
         shape = next((shape for _, shape in counts if shape is not None), None)
-        self._inputs = None
         if shape is not None:
             own = torch.zeros(shape) if self._sum is None else self._sum
             self._sum = team.sum(own)
 
     def inputs(self) -> LayerInputs:
-        """Return what methods see; the same object until more is added."""
+        """Return what methods see, the same object each time."""
         if self._inputs is None:
-            mean = None if self._sum is None else self._sum / self._count
+            mean = None if self._sum is None else self._sum.div_(self._count)
             full = Needs.HESSIAN in self._needs and mean is not None
             self._inputs = LayerInputs(
                 self._count,

@@ -254,5 +254,6 @@ def put(tensor: torch.Tensor, places: torch.Tensor, rows: torch.Tensor) -> None:
 
 def _flat(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return the places in the rows of all matrices."""
-    first = torch.arange(0, tensor.shape[0] * tensor.shape[1], tensor.shape[1])
-    return (places + first.to(places.device)[:, None]).flatten()
+    batch, rows = tensor.shape[:2]
+    first = torch.arange(0, batch * rows, rows, device=places.device)
+    return (places + first[:, None]).flatten()

@@ -70,7 +70,8 @@ class GPTQ:
         needs static groups, since groups are stored as they lie.
     sweeps : int
         Passes of coordinate descent afterwards, in [0, 100], each over all scales and offsets (if
-        ``refit``) and then over all codes; they end early when no code changes.
+        ``refit``) and then over all codes; they end early when no code changes, of none of the
+        weights that are quantized together.
     refit : bool
     keep_nearest : bool
         Round to nearest the rows that it serves better, before the sweeps.  The paper does not;

@@ -362,10 +362,14 @@ class _Job:
             return self._make(linear, plan, statistics[local], learned.get(local), parts, seconds)
 
         def make_portions() -> Iterator[tuple[str, Made]]:
+            last = {id(statistics[local]): local for local in mine}
             for portion in portions({local: quantized[local] for local in mine}, statistics):
                 done = quantize_batches(portion, statistics, weight)
                 for local in portion:
-                    yield local, make(local, *done.pop(local, ()))
+                    item = make(local, *done.pop(local, ()))
+                    if last[id(statistics[local])] == local:
+                        statistics[local].forget_inputs()
+                    yield local, item
 
         made: Iterable[tuple[str, Made]]
         if self._in_threads(block, quantized.values()):

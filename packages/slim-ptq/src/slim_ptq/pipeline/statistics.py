@@ -37,7 +37,7 @@ class InputStatistics:
 
     def __init__(self, name: str, observer: Observer | None, needs: Needs = Needs.NONE) -> None:
         self._name = name
-        self._moments = Moments(needs)
+        self._moments: Moments | None = Moments(needs)
         self.observer = observer
         self.tokens: torch.Tensor | None = None
 
@@ -48,6 +48,7 @@ class InputStatistics:
         check_finite(self._name, "input", x)
         if self.tokens is None:
             self.tokens = x.detach().reshape(-1, x.shape[-1])[:_KEPT_TOKENS].clone()
+        assert self._moments is not None
         self._moments.add(x)
         if self.observer is None:
             return
@@ -60,14 +61,20 @@ class InputStatistics:
         """Become, in every process, the statistics of the data of all of them."""
         if team.size == 1:
             return
+        assert self._moments is not None
         self._moments.combine(team)
         self.tokens = next((seen for seen in team.gather(self.tokens) if seen is not None), None)
         if self.observer is not None:
             self.observer = team.merged(self.observer)
 
     def inputs(self) -> LayerInputs:
-        """Return what methods see of all batches so far; the same object until the next batch."""
+        """Return what methods see of all batches, the same object each time."""
+        assert self._moments is not None
         return self._moments.inputs()
+
+    def forget_inputs(self) -> None:
+        """Free the moments and what methods computed of them, which no layer needs any more."""
+        self._moments = None
 
 
 def block_statistics(
