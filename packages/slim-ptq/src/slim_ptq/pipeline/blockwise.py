@@ -8,11 +8,8 @@ free.  The outputs of the float block are the inputs of the next one, so each bl
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,6 @@ from torch import nn
 from slim_core.checkpoint import Checkpoint
 from slim_core.errors import InvalidValueError
 from slim_core.export import CheckpointExport
-from slim_core.logging import get_logger
 from slim_core.method import MethodSpec
 from slim_core.numerics import check_finite
 from slim_core.plan import LayerPlan, Plan
@@ -30,37 +26,24 @@ from slim_core.progress import track
 from slim_core.recipe import Recipe
 from slim_core.report import LayerReport
 from slim_core.resume import ResumableDir
-from slim_core.scheme import FLOAT
 from slim_ptq.calibration.hidden import HiddenStates
 from slim_ptq.calibration.text import TokenWindows
-from slim_ptq.fallback import SAMPLES, choose_fallback
 from slim_ptq.flatquant import train_block
 from slim_ptq.inventory import Inventory
 from slim_ptq.methods import FlatQuant, LearnedTransform, Parts, SignRound, make_method
-from slim_ptq.observers import SpreadObserver
 from slim_ptq.parallel import Team
-from slim_ptq.pipeline.ahead import work_ahead
 from slim_ptq.pipeline.attention import BlockAttention
-from slim_ptq.pipeline.batches import portions, quantize_batches
+from slim_ptq.pipeline.block_layers import BlockLayers
 from slim_ptq.pipeline.blocks import BlockRunner
-from slim_ptq.pipeline.inputs import by_block, score_inputs
-from slim_ptq.pipeline.quantizing import (
-    Made,
-    float_report,
-    made_layer,
-    output_error,
-    quantize_layer,
-    write_layer,
-)
+from slim_ptq.pipeline.inputs import by_block
+from slim_ptq.pipeline.quantizing import float_report, write_layer
 from slim_ptq.pipeline.saving import StateSaver
 from slim_ptq.pipeline.smoothing import BlockSmoother
 from slim_ptq.pipeline.statistics import InputStatistics, block_statistics, first_watchers
 from slim_ptq.rounding import RoundedStream
-from slim_ptq.structure import bias_of, trace_block, weight_of
+from slim_ptq.structure import trace_block, weight_of
 from slim_ptq.structure.norms import is_norm_like
 from slim_ptq.tensors import from_numpy, to_numpy
-
-_log = get_logger("ptq")
 
 
 def run_blockwise(
@@ -164,36 +147,6 @@ def _trained(plan: Plan, *kinds: type[FlatQuant] | type[SignRound]) -> list[Meth
     """Return the methods of a plan that are of these kinds, which are trained block by block."""
     names = {kind.name for kind in kinds}
     return [layer.method for layer in plan.quantized.values() if layer.method.name in names]
-
-
-def plan_with_fallback(
-    checkpoint: Checkpoint,
-    inventory: Inventory,
-    plan: Plan,
-    count: int,
-    data: TokenWindows,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-) -> Plan:
-    """Return the plan with the layers of the most extreme inputs left in floating point."""
-    head = data.head(SAMPLES)
-    spread = score_inputs(checkpoint, inventory, plan, head, device, SpreadObserver, dtype)
-    floats = frozenset(layer.name for layer in plan.layers if layer.scheme.is_float)
-    chosen = set(choose_fallback(spread, count, floats))
-    return replace(
-        plan,
-        layers=tuple(
-            replace(
-                layer,
-                scheme=FLOAT,
-                reason=f"fallback: range_param {spread[layer.name]:.1f}",
-                asked=False,
-            )
-            if layer.name in chosen
-            else layer
-            for layer in plan.layers
-        ),
-    )
 
 
 def check_alone(plan: Plan, team: Team) -> None:
@@ -350,38 +303,11 @@ class _Job:
         statistics: Mapping[str, InputStatistics],
         learned: Mapping[str, LearnedTransform | Parts],
     ) -> None:
-        """Quantize the layers that fall to this process; the first one writes those of all."""
-        share = self._team.share({local: math.prod(p.shape) for local, p in quantized.items()})
-        mine = [local for local in quantized if local in share]
-
-        def weight(local: str) -> torch.Tensor:
-            return weight_of(block.get_submodule(local))
-
-        def make(local: str, parts: Parts | None = None, seconds: float = 0.0) -> Made:
-            linear, plan = block.get_submodule(local), quantized[local]
-            return self._make(linear, plan, statistics[local], learned.get(local), parts, seconds)
-
-        def make_portions() -> Iterator[tuple[str, Made]]:
-            last = {id(statistics[local]): local for local in mine}
-            for portion in portions({local: quantized[local] for local in mine}, statistics):
-                done = quantize_batches(portion, statistics, weight)
-                for local in portion:
-                    item = make(local, *done.pop(local, ()))
-                    if last[id(statistics[local])] == local:
-                        statistics[local].forget_inputs()
-                    yield local, item
-
-        made: Iterable[tuple[str, Made]]
-        if self._in_threads(block, quantized.values()):
-            costs = {local: weight(local).nbytes for local in mine}
-            several = work_ahead(make, mine, costs.__getitem__, sum(costs.values()) // 2)
-            made = zip(mine, several, strict=True)
-        else:
-            made = make_portions()
-        if self._team.size > 1:
-            found = {k: item for part in self._team.collect(dict(made)) for k, item in part.items()}
-            made = ((local, found[local]) for local in quantized if local in found)
-        for local, item in made:  # alone, each is written as soon as it is made
+        """Quantize the layers together with the other processes; the first one writes them."""
+        layers = BlockLayers(
+            block, quantized, statistics, learned, self._plan.model_dtype, self._as_stored
+        )
+        for local, item in layers.made(self._team):  # alone, each is written as soon as made
             plan = quantized[local]
             self.reports.append(
                 write_layer(
@@ -393,49 +319,6 @@ class _Job:
                 )
             )
             self._written.update((f"{plan.name}.weight", f"{plan.name}.bias"))
-
-    @staticmethod
-    def _in_threads(block: nn.Module, plans: Iterable[LayerPlan]) -> bool:
-        """Whether the layers of a block are made a few at a time, each by its share of the cores.
-
-        That is good for methods that pass over the weight again and again, as torch would divide
-        each of their many short steps among all cores.  Others are made of matrix products, which
-        use the cores better; a device has its own.
-        """
-        on_cpu = all(parameter.device.type == "cpu" for parameter in block.parameters())
-        return on_cpu and not any(make_method(plan.method).needs for plan in plans)
-
-    def _make(
-        self,
-        linear: nn.Module,
-        plan: LayerPlan,
-        statistics: InputStatistics,
-        learned: LearnedTransform | Parts | None,
-        parts: Parts | None,
-        seconds: float,
-    ) -> Made:
-        """Quantize a layer, or finish one of which ``parts`` were made in ``seconds``."""
-        started = time.perf_counter() - seconds
-        weight = weight_of(linear)
-        params = None
-        if plan.scheme.activation is not None and statistics.observer is not None:
-            storage: torch.dtype = getattr(torch, self._plan.model_dtype)
-            params = statistics.observer.params(plan.scheme.activation, storage)
-        bias = bias_of(linear)
-        layer, error = quantize_layer(
-            plan,
-            weight,
-            None if bias is None else self._as_stored(f"{plan.name}.bias", bias),
-            model_dtype=self._plan.model_dtype,
-            inputs=statistics.inputs()
-            if learned is None
-            else replace(statistics.inputs(), learned=learned),
-            input_params=params if plan.scheme.is_static else None,
-            parts=parts,
-        )
-        seen = statistics.tokens
-        worse = None if seen is None else output_error(layer, weight, seen)
-        return made_layer(layer, error, worse, started)
 
     def _write_others(self, block: nn.Module, path: str, quantized: Iterable[str]) -> None:
         """Write the parameters of a block that stay in floating point, as they are now."""
