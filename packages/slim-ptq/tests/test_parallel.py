@@ -18,11 +18,18 @@ from hypothesis import strategies as st
 
 from slim_core.checkpoint import open_checkpoint
 from slim_core.errors import CalibrationError
+from slim_core.method import MethodSpec
+from slim_core.plan import LayerPlan
 from slim_core.recipe import ObserverKind, Recipe
+from slim_core.scheme import QuantScheme
 from slim_ptq import quantize
 from slim_ptq.calibration.text import TokenWindows
+from slim_ptq.methods import gptq, make_method
+from slim_ptq.methods.feedback import factorize
 from slim_ptq.observers import make_observer
 from slim_ptq.parallel import Team, own_device
+from slim_ptq.pipeline.block_layers import BlockLayers
+from slim_ptq.pipeline.statistics import InputStatistics
 
 Factory = Callable[..., Any]
 
@@ -184,6 +191,43 @@ def test_what_one_process_meets_it_says(tmp_path: Path, tiny_model: Factory) -> 
     assert not (tmp_path / "out").exists()
 
 
+SHAPES = {
+    "q": (32, 32),
+    "k": (16, 32),
+    "v": (16, 32),
+    "o": (32, 32),
+    "gate": (96, 32),
+    "up": (96, 32),
+    "down": (32, 96),
+}
+
+
+class Other(Team):
+    """One of several processes, which never meets the others."""
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def made_by(team: Team, method: str) -> list[str]:
+    """Return the layers of a block that a process quantizes."""
+    scheme, spec = QuantScheme.parse("w4a16"), MethodSpec.parse(method)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(shape[1], shape[0], bias=False) for name, shape in SHAPES.items()}
+    )
+    plans = {
+        name: LayerPlan(name, shape, scheme, "", method=spec) for name, shape in SHAPES.items()
+    }
+    statistics: dict[str, InputStatistics] = {}
+    for members in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+        seen = InputStatistics(members[0], None, make_method(spec).needs)
+        seen.watch(torch.randn(200, SHAPES[members[0]][1], generator=generator))
+        statistics |= dict.fromkeys(members, seen)
+    layers = BlockLayers(block, plans, statistics, {}, "float32", lambda _, tensor: tensor)
+    return [local for local, _ in layers.made(team)]
+
+
 class TestParts:
     @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 6))
     def test_every_window_goes_to_one_process_in_order(self, rows: list[int], size: int) -> None:
@@ -204,6 +248,29 @@ class TestParts:
         assert sorted(key for share in shares for key in share) == sorted(costs)
         loads = [sum(costs[key] for key in share) for share in shares]
         assert max(loads) - min(loads) <= max(costs.values(), default=0)
+
+    def test_what_reads_the_same_second_moments_stays_together(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        factorized: list[str] = []
+
+        def counted(names: Any, *args: Any) -> Any:
+            factorized.extend(names)
+            return factorize(names, *args)
+
+        monkeypatch.setattr(gptq, "factorize", counted)
+        first, second = (made_by(Other(rank, 2), "gptq") for rank in range(2))
+        assert sorted(first + second) == sorted(SHAPES)
+        for group in ({"q", "k", "v"}, {"gate", "up"}):
+            assert group <= set(first) or group <= set(second)
+        assert first
+        assert second
+        assert len(factorized) == 4  # once for each input
+        assert made_by(Team(), "gptq") == list(SHAPES)
+        assert len(factorized) == 8
+        # Of other methods, equal layers are dealt out one by one.
+        first, second = (made_by(Other(rank, 2), "hqq") for rank in range(2))
+        assert ("gate" in first) != ("up" in first)
 
     def test_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert own_device("cuda") == "cuda"

@@ -92,19 +92,17 @@ def _batches(
     """Return layers of several inputs that are alike in shape, scheme and method.
 
     Each list has batches with the same inputs in the same order, as those of the gates of some
-    experts and of what stands beside them.
+    experts and of what stands beside them.  Inputs are taken together only if all their layers are
+    alike, so that nothing is computed of them for a batch and once more for a layer alone.
     """
-    alike: dict[object, dict[int, list[str]]] = {}
+    by_inputs: dict[int, list[str]] = {}
     for name, plan in portion.items():
         inputs = statistics[name]
         if isinstance(make_method(plan.method), BatchMethod) and inputs.inputs().count:
-            key = (plan.shape, str(plan.scheme), str(plan.method))
-            alike.setdefault(key, {}).setdefault(id(inputs), []).append(name)
-    found: list[list[Sequence[str]]] = []
-    for by_inputs in alike.values():
-        members = list(by_inputs.values())
-        for count in {len(names) for names in members}:
-            even = [names for names in members if len(names) == count]
-            if len(even) > 1:
-                found.append(list(zip(*even, strict=True)))
-    return found
+            by_inputs.setdefault(id(inputs), []).append(name)
+    alike: dict[object, list[list[str]]] = {}
+    for names in by_inputs.values():
+        plans = [portion[name] for name in names]
+        kind = tuple((plan.shape, str(plan.scheme), str(plan.method)) for plan in plans)
+        alike.setdefault(kind, []).append(names)
+    return [list(zip(*members, strict=True)) for members in alike.values() if len(members) > 1]

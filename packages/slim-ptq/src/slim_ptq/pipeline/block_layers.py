@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from slim_core.plan import LayerPlan
-from slim_ptq.methods import LearnedTransform, Parts, make_method
+from slim_ptq.methods import LearnedTransform, Needs, Parts, make_method
 from slim_ptq.parallel import Team
 from slim_ptq.pipeline.ahead import work_ahead
 from slim_ptq.pipeline.batches import portions, quantize_batches
 from slim_ptq.pipeline.quantizing import Made, made_layer, output_error, quantize_layer
 from slim_ptq.pipeline.statistics import InputStatistics
 from slim_ptq.structure import bias_of, weight_of
+
+_PASSES = 3300  # channels that products have in the time of the passes (benchmarks: scale.py)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class BlockLayers:
 
         Alone, each is made when it is asked for.
         """
-        share = team.share({local: math.prod(plan.shape) for local, plan in self.plans.items()})
-        mine = {local: plan for local, plan in self.plans.items() if local in share}
+        mine = self._share(team)
         made: Iterable[tuple[str, Made]]
         if self._in_threads():
             costs = {local: self._weight(local).nbytes for local in mine}
@@ -63,6 +63,32 @@ class BlockLayers:
             return made
         found = {local: item for part in team.collect(dict(made)) for local, item in part.items()}
         return [(local, found[local]) for local in self.plans if local in found]
+
+    def _share(self, team: Team) -> dict[str, LayerPlan]:
+        """Return the layers that fall to this process.
+
+        Those whose method works on the same second moments stay together, as they share what it
+        computes of these.
+        """
+        leaders: dict[int, str] = {}
+        units: dict[str, list[str]] = {}
+        for local, plan in self.plans.items():
+            leader = local
+            if Needs.HESSIAN in make_method(plan.method).needs:
+                leader = leaders.setdefault(id(self.statistics[local]), local)
+            units.setdefault(leader, []).append(local)
+        own = team.share({leader: self._cost(unit) for leader, unit in units.items()})
+        mine = {local for leader in own for local in units[leader]}
+        return {local: plan for local, plan in self.plans.items() if local in mine}
+
+    def _cost(self, unit: Sequence[str]) -> int:
+        """Return how much work layers of one input are, in multiplications or weights."""
+        plans = [self.plans[local] for local in unit]
+        rows, columns = sum(plan.shape[0] for plan in plans), plans[0].shape[1]
+        if Needs.HESSIAN in make_method(plans[0].method).needs:
+            # To pass over the weight and to feed errors back, and to factorize.
+            return columns * (rows * (columns + _PASSES) + columns**2 // 3)
+        return rows * columns
 
     def _in_threads(self) -> bool:
         """Whether the layers are made a few at a time, each by its share of the cores.
@@ -76,6 +102,9 @@ class BlockLayers:
 
     def _in_portions(self, plans: Mapping[str, LayerPlan]) -> Iterator[tuple[str, Made]]:
         last = {id(self.statistics[local]): local for local in plans}
+        for statistics in self.statistics.values():
+            if id(statistics) not in last:  # that of another process
+                statistics.forget_inputs()
         for portion in portions(plans, self.statistics):
             done = quantize_batches(portion, self.statistics, self._weight)
             for local in portion:
